@@ -1,0 +1,223 @@
+"""Sizes and settings: what a Llama is made of (`LlamaConfig`) and how it is trained.
+
+Plain frozen dataclasses that import nothing, so that the command line can show them without
+starting torch. Every size is final: nothing is derived later, nothing is None.
+"""
+
+import difflib
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+def swiglu_hidden_dim(dim: int, multiple_of: int = 256, multiplier: float = 1.0) -> int:
+    """The width of the feed-forward layer, by the rule of Meta's release.
+
+    A SwiGLU layer has three matrices where a ReLU layer has two, so 2/3 of the usual 4 * dim keeps
+    the number of parameters; the result is rounded *up* to a multiple that hardware likes. Both
+    truncations matter: 8192 -> 21845 -> int(28398.5) = 28398 -> 28672 for Llama 2 70B.
+
+    Source: Shazeer 2020, sec. 2 (arXiv:2002.05202). Built in notebooks/04_swiglu.ipynb.
+    """
+    hidden_dim = int(multiplier * int(2 * (4 * dim) / 3))
+    return -(-hidden_dim // multiple_of) * multiple_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The shape of a model, in the names of Meta's params.json.
+
+    Raises ValueError, with the way out, for sizes that cannot make a model.
+    Built in notebooks/06_llama.ipynb.
+    """
+
+    dim: int  # width of the residual stream
+    n_layers: int
+    n_heads: int  # query heads
+    n_kv_heads: int  # key/value heads; n_heads = multi-head, 1 = multi-query attention
+    hidden_dim: int  # width of the feed-forward layer
+    vocab_size: int
+    max_seq_len: int  # tokens
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    tie_embeddings: bool = False  # one matrix for tok_embeddings and output
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "tie_embeddings":
+                valid, needed = isinstance(value, bool), "true or false"
+            elif field.type is int:
+                valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
+                needed = "a whole number of at least 1"
+            else:
+                valid = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+                needed = "a number above 0"
+            if not valid:
+                raise ValueError(f"{field.name} is {value!r}, but must be {needed}.")
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise ValueError(
+                f"dim ({self.dim}) must be n_heads ({self.n_heads}) times an even number: "
+                f"every head has dim / n_heads channels, and RoPE rotates them in pairs."
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads}): "
+                f"every key/value head serves equally many query heads. "
+                f"Plain multi-head attention is n_kv_heads={self.n_heads}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.dim // self.n_heads
+
+    @property
+    def n_parameters(self) -> int:
+        """Distinct parameters: what `sum(p.numel() for p in Llama(config).parameters())` gives.
+
+        2*V*d + L*(2*d^2 + 2*d*d_kv + 3*d*f + 2*d) + d; a tied output matrix is counted once.
+        """
+        kv_dim = self.n_kv_heads * self.head_dim
+        attention = 2 * self.dim**2 + 2 * self.dim * kv_dim  # wq, wo; wk, wv
+        feed_forward = 3 * self.dim * self.hidden_dim  # w1, w2, w3
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        return embeddings + self.n_layers * (attention + feed_forward + 2 * self.dim) + self.dim
+
+    @property
+    def cache_elements_per_token(self) -> int:
+        """Numbers in the KV cache for one token: a key and a value per layer and KV head."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim
+
+    @classmethod
+    def preset(cls, name: str) -> "LlamaConfig":
+        """A published size by name, e.g. "llama2-7b". Raises ValueError with the nearest name."""
+        return PRESETS[known_name("preset", name, PRESETS)]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LlamaConfig":
+        """A config out of the JSON that `to_dict` wrote; no key may be missing or unknown."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or set(values) != set(names):
+            found = sorted(values) if isinstance(values, dict) else values
+            raise ValueError(f"A model's config has exactly the keys {names}; these are {found}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field names and values, as they stand in params.json."""
+        return asdict(self)
+
+
+def known_name(kind: str, name: str, names: Any) -> str:
+    """`name` if it is one of `names`; otherwise a ValueError that suggests the nearest."""
+    if name in names:
+        return name
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"There is no {kind} {name!r}.{hint} Known are: {', '.join(names)}.")
+
+
+def _published(dim: int, n_layers: int, n_heads: int, **changes: Any) -> LlamaConfig:
+    """One row of the papers' tables: a 32k vocabulary, and what the other sizes share."""
+    sizes = {
+        "n_kv_heads": n_heads,
+        "hidden_dim": swiglu_hidden_dim(dim),
+        "vocab_size": 32_000,
+    }
+    return LlamaConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, **(sizes | changes))
+
+
+_LLAMA_1: dict[str, Any] = {"max_seq_len": 2048, "norm_eps": 1e-6}
+_LLAMA_2: dict[str, Any] = {"max_seq_len": 4096, "norm_eps": 1e-5}
+# Rozière et al. 2023 (arXiv:2308.12950), sec. 2.4: RoPE's base is raised and the context is 16k.
+_CODE: dict[str, Any] = {"max_seq_len": 16_384, "norm_eps": 1e-5, "rope_theta": 1_000_000.0}
+# The 16 infilling tokens; 34B was released without them.
+_INFILLING: dict[str, Any] = {"vocab_size": 32_016}
+_70B: dict[str, Any] = {
+    "n_kv_heads": 8,
+    "hidden_dim": swiglu_hidden_dim(8192, multiple_of=4096, multiplier=1.3),
+}
+
+PRESETS: dict[str, LlamaConfig] = {
+    # Ours. tiny: for tests. toy: what `minillama demo` trains in minutes on a laptop.
+    "tiny": LlamaConfig(
+        dim=48,
+        n_layers=2,
+        n_heads=6,
+        n_kv_heads=2,
+        hidden_dim=128,
+        vocab_size=512,
+        max_seq_len=512,
+    ),
+    "toy": LlamaConfig(
+        dim=96,
+        n_layers=4,
+        n_heads=6,
+        n_kv_heads=2,
+        hidden_dim=256,
+        vocab_size=512,
+        max_seq_len=256,
+        tie_embeddings=True,
+    ),
+    # The size of the smallest TinyStories model of karpathy/llama2.c.
+    "stories15m": _published(
+        288, 6, 6, hidden_dim=768, max_seq_len=256, norm_eps=1e-5, tie_embeddings=True
+    ),
+    # Touvron et al. 2023a (arXiv:2302.13971), table 2. The 33B's folder is called "30B".
+    "llama-7b": _published(4096, 32, 32, **_LLAMA_1),
+    "llama-13b": _published(5120, 40, 40, **_LLAMA_1),
+    "llama-33b": _published(6656, 60, 52, **_LLAMA_1),
+    "llama-65b": _published(8192, 80, 64, **_LLAMA_1),
+    # Touvron et al. 2023b (arXiv:2307.09288), table 1: 4k context; grouped-query attention from
+    # 34B on. The 34B was trained and never released: its width is that of Code Llama 34B.
+    "llama2-7b": _published(4096, 32, 32, **_LLAMA_2),
+    "llama2-13b": _published(5120, 40, 40, **_LLAMA_2),
+    "llama2-34b": _published(8192, 48, 64, n_kv_heads=8, **_LLAMA_2),
+    "llama2-70b": _published(8192, 80, 64, **_70B, **_LLAMA_2),
+    "codellama-7b": _published(4096, 32, 32, **_INFILLING, **_CODE),
+    "codellama-13b": _published(5120, 40, 40, **_INFILLING, **_CODE),
+    "codellama-34b": _published(8192, 48, 64, n_kv_heads=8, **_CODE),
+    "codellama-70b": _published(8192, 80, 64, **_70B, **_INFILLING, **_CODE),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a model is trained. The defaults are the papers'; sizes and steps are the toy's.
+
+    Source: Touvron et al. 2023a, sec. 2.2, and 2023b, sec. 2.2 (AdamW's eps).
+    Raises ValueError for values that cannot train. Built in notebooks/08_pretraining.ipynb.
+    """
+
+    steps: int = 1000  # optimiser steps
+    batch_size: int = 16  # rows in one micro-batch
+    accumulation: int = 1  # micro-batches in one step; the update equals that of one big batch
+    seq_len: int = 256  # tokens in a row
+    learning_rate: float = 3e-3  # the peak; the papers' 3e-4 is for 7B, small models take more
+    warmup_steps: int = 50  # the papers: 2,000
+    min_lr_ratio: float = 0.1  # the cosine ends at this share of the peak
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-5
+    max_grad_norm: float = 1.0
+    seed: int = 0  # of the weights and of the order of the rows
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        for name in ("learning_rate", "eps", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0.")
+        for name in ("min_lr_ratio", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be within [0, 1].")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must be at least 0 and less than steps "
+                f"({self.steps}): after the warm-up the cosine needs steps to fall."
+            )
+        if self.weight_decay < 0 or self.seed < 0:
+            raise ValueError(
+                f"weight_decay ({self.weight_decay}) and seed ({self.seed}) must not be negative."
+            )

@@ -1,0 +1,69 @@
+"""Causal self-attention with grouped queries."""
+
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from minillama.config import LlamaConfig
+from minillama.model.cache import LayerCache
+from minillama.model.rope import apply_rope
+
+
+def attend(
+    q: Float[Tensor, "batch heads q_len head_dim"],
+    k: Float[Tensor, "batch kv_heads k_len head_dim"],
+    v: Float[Tensor, "batch kv_heads k_len head_dim"],
+    visible: Bool[Tensor, "#batch 1 q_len k_len"] | None = None,
+) -> Float[Tensor, "batch heads q_len head_dim"]:
+    """softmax(q k^T / sqrt(head_dim)) v, where no query sees a later key.
+
+    `visible` None means plain causal attention: q and k stand at the same positions (or one query
+    stands at the last of them). Query head i reads key/value head i // (heads / kv_heads): each
+    key/value head is *repeated* for a group of neighbouring query heads, never tiled.
+
+    The score matrix is never stored: PyTorch's fused kernels compute it block by block.
+    Source: Vaswani et al. 2017, eq. 1 (arXiv:1706.03762); Ainslie et al. 2023 (arXiv:2305.13245).
+    Built in notebooks/05_gqa_attention.ipynb.
+    """
+    causal = visible is None and q.shape[2] > 1
+    return scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=True)
+
+
+class Attention(nn.Module):
+    """Project to queries, keys and values; turn q and k by their positions; attend; project back.
+
+    With n_kv_heads < n_heads (grouped-query attention) the KV cache shrinks by the
+    factor n_heads / n_kv_heads. Training and decoding take the same path: `cache` is the only difference.
+
+    Source: Touvron et al. 2023b, sec. 2.2 (arXiv:2307.09288). Built in
+    notebooks/05_gqa_attention.ipynb.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        angles: Float[Tensor, "#batch 1 seq half_head_dim"],
+        visible: Bool[Tensor, "#batch 1 seq k_len"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "batch seq dim"]:
+        q, k, v = (self._split_heads(w(x)) for w in (self.wq, self.wk, self.wv))
+        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (batch, kv_heads, past + seq, head_dim)
+        mixed = attend(q, k, v, visible)
+        return self.wo(rearrange(mixed, "batch heads seq head_dim -> batch seq (heads head_dim)"))
+
+    def _split_heads(self, x: Float[Tensor, "batch seq width"]) -> Tensor:
+        # The number of heads is read off the tensor, so that a slice of the heads works too.
+        pattern = "batch seq (heads head_dim) -> batch heads seq head_dim"
+        return rearrange(x, pattern, head_dim=self.head_dim)
