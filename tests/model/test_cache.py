@@ -1,0 +1,138 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_llama import random_llama, random_tokens, small_config
+from torch.testing import assert_close
+
+from minillama.model import KVCache, LayerCache
+
+CONFIG = small_config(max_seq_len=64)
+MODEL = random_llama(CONFIG).requires_grad_(False)
+T, F = True, False
+
+
+def cache_of(lengths: list[int], max_len: int = 8) -> KVCache:
+    cache = KVCache(CONFIG, batch=len(lengths), max_len=max_len)
+    cache.lengths = list(lengths)
+    return cache
+
+
+def test_positions_go_on_where_each_row_ends():
+    assert cache_of([1, 3]).positions(2).tolist() == [[1, 2], [3, 4]]
+
+
+def test_visible_by_hand():  # keys 0 to 4; the short row's keys 3 and 4 are not its own
+    short, long = cache_of([1, 3]).visible(2)[:, 0].tolist()
+    assert short == [[T, T, F, F, F], [T, T, T, F, F]]
+    assert long == [[T, T, T, T, F], [T, T, T, T, T]]
+
+
+def test_one_token_in_rows_of_different_lengths_needs_a_mask():
+    assert cache_of([1, 3]).visible(1)[:, 0].tolist() == [[[T, T, F, F]], [[T, T, T, T]]]
+
+
+def test_no_mask_where_plain_causal_attention_says_the_same():
+    assert cache_of([0, 0]).visible(5) is None
+    assert cache_of([3, 3]).visible(1) is None
+    assert cache_of([3, 3]).visible(2) is not None
+
+
+def test_append_stores_behind_each_row_and_returns_all():
+    cache = cache_of([1, 3])
+    layer = cache.layer(1)
+    assert isinstance(layer, LayerCache)
+    k = torch.arange(1.0, 5.0).view(2, 1, 2, 1).expand(2, 2, 2, 8)  # row 0: 1 2, row 1: 3 4
+    keys, values = layer.append(k, 10 * k)
+    assert keys.shape == (2, 2, 5, 8)
+    assert keys[:, 0, :, 0].tolist() == [[0, 1, 2, 0, 0], [0, 0, 0, 3, 4]]
+    assert_close(values, 10 * keys)
+    assert cache.lengths == [1, 3]  # the model counts, once, after its last layer
+    assert not cache.keys[0].any()  # the other layer's share
+
+
+def test_it_takes_the_memory_that_the_config_says():
+    cache = KVCache(CONFIG, batch=3, max_len=10, dtype=torch.bfloat16)
+    assert cache.keys.numel() + cache.values.numel() == 30 * CONFIG.cache_elements_per_token
+    assert cache.keys.dtype == cache.values.dtype == torch.bfloat16
+
+
+def pieces_of(seq: int) -> st.SearchStrategy[list[int]]:
+    """Any way to cut a sequence of `seq` tokens into pieces, as their lengths."""
+    cuts = st.sets(st.integers(1, seq - 1))
+    return cuts.map(lambda cuts: [b - a for a, b in pairwise([0, *sorted(cuts), seq])])
+
+
+@given(steps=pieces_of(24))
+@settings(deadline=None, max_examples=40)
+def test_any_split_gives_the_logits_of_the_whole(steps):
+    tokens = random_tokens(CONFIG, batch=2, seq=24)
+    cache = KVCache(CONFIG, batch=2, max_len=24)
+    parts = [MODEL(part, cache) for part in tokens.split(steps, dim=1)]
+    assert cache.lengths == [24, 24]
+    assert_close(torch.cat(parts, dim=1), MODEL(tokens), rtol=1e-5, atol=1e-5)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    steps=st.lists(st.integers(1, 4), max_size=4),
+    padding=st.integers(0, CONFIG.vocab_size - 1),
+)
+@settings(deadline=None, max_examples=40)
+def test_padded_rows_give_what_each_gives_alone(lengths, steps, padding):
+    longest, more = max(lengths), sum(steps)
+    tokens = random_tokens(CONFIG, batch=len(lengths), seq=longest + more)
+    prompts = tokens[:, :longest].clone()
+    for row, length in enumerate(lengths):
+        prompts[row, length:] = padding
+    continuation = tokens[:, longest:]
+
+    cache = KVCache(CONFIG, batch=len(lengths), max_len=longest + more)
+    first = MODEL(prompts, cache)
+    cache.lengths = list(lengths)
+    parts = [MODEL(part, cache) for part in continuation.split(steps, dim=1)] if steps else []
+
+    for row, length in enumerate(lengths):
+        alone = MODEL(torch.cat([tokens[row, :length], continuation[row]])[None])[0]
+        together = torch.cat([first[row, :length], *(part[row] for part in parts)])
+        assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_keep_forgets_the_other_rows():
+    tokens = random_tokens(CONFIG, batch=3, seq=8)
+    cache = KVCache(CONFIG, batch=3, max_len=8)
+    MODEL(tokens[:, :6], cache)
+    cache.lengths = [6, 2, 6]
+    cache.keep([2, 1])
+    assert cache.lengths == [6, 2]
+    last = MODEL(tokens[[2, 1], 6:7], cache)
+    assert_close(last[0, 0], MODEL(tokens[2:3, :7])[0, -1], rtol=1e-5, atol=1e-5)
+    alone = MODEL(torch.cat([tokens[1, :2], tokens[1, 6:7]])[None])[0, -1]
+    assert_close(last[1, 0], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_full_cache_says_so_and_keeps_what_it_has():
+    tokens = random_tokens(CONFIG, batch=1, seq=9)
+    cache = KVCache(CONFIG, batch=1, max_len=8)
+    MODEL(tokens[:, :8], cache)
+    keys = cache.keys.clone()
+    with pytest.raises(ValueError, match="8 tokens read and 1 more are 9, but there is room for 8"):
+        MODEL(tokens[:, 8:], cache)
+    assert cache.lengths == [8]
+    assert_close(cache.keys, keys, rtol=0, atol=0)
+
+
+def test_the_longest_row_must_fit():
+    cache = cache_of([2, 7])
+    with pytest.raises(ValueError, match="7 tokens read and 2 more are 9"):
+        MODEL(random_tokens(CONFIG, batch=2, seq=2), cache)
+
+
+def test_a_wrong_token_leaves_the_cache_as_it_was():
+    cache = KVCache(CONFIG, batch=1, max_len=8)
+    with pytest.raises(ValueError, match="vocabulary"):
+        MODEL(torch.tensor([[CONFIG.vocab_size]]), cache)
+    assert cache.lengths == [0]
+    assert not cache.keys.any()
