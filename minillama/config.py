@@ -50,8 +50,8 @@ class LlamaConfig:
                 valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
                 needed = "a whole number of at least 1"
             else:
-                valid = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-                needed = "a number above 0"
+                valid = isinstance(value, int | float) and not isinstance(value, bool)
+                valid, needed = valid and 0 < value < float("inf"), "a finite number above 0"
             if not valid:
                 raise ValueError(f"{field.name} is {value!r}, but must be {needed}.")
         if self.dim % self.n_heads or self.head_dim % 2:
@@ -94,7 +94,7 @@ class LlamaConfig:
         return PRESETS[known_name("preset", name, PRESETS)]
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "LlamaConfig":
+    def from_dict(cls, values: Any) -> "LlamaConfig":
         """A config out of the JSON that `to_dict` wrote; no key may be missing or unknown."""
         names = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or set(values) != set(names):
@@ -154,7 +154,7 @@ PRESETS: dict[str, LlamaConfig] = {
         n_heads=6,
         n_kv_heads=2,
         hidden_dim=256,
-        vocab_size=512,
+        vocab_size=1024,
         max_seq_len=256,
         tie_embeddings=True,
     ),
@@ -182,12 +182,10 @@ PRESETS: dict[str, LlamaConfig] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a model is trained. The defaults are the papers'; sizes and steps are the toy's.
+    """How a model is trained: the papers' values, at the toy's sizes."""
 
-    Source: Touvron et al. 2023a, sec. 2.2, and 2023b, sec. 2.2 (AdamW's eps).
-    Raises ValueError for values that cannot train. Built in notebooks/08_pretraining.ipynb.
-    """
-
+    # Source: Touvron et al. 2023a, sec. 2.2, and 2023b, sec. 2.2 (AdamW's eps).
+    # Built in notebooks/08_pretraining.ipynb.
     steps: int = 1000  # optimiser steps
     batch_size: int = 16  # rows in one micro-batch
     accumulation: int = 1  # micro-batches in one step; the update equals that of one big batch
@@ -209,9 +207,11 @@ class TrainingConfig:
         for name in ("learning_rate", "eps", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0.")
-        for name in ("min_lr_ratio", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be within [0, 1].")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}, but must be within [0, 1].")
+        for name in ("beta1", "beta2"):  # 1 would average for ever and never start
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be within [0, 1).")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must be at least 0 and less than steps "
@@ -220,4 +220,31 @@ class TrainingConfig:
         if self.weight_decay < 0 or self.seed < 0:
             raise ValueError(
                 f"weight_decay ({self.weight_decay}) and seed ({self.seed}) must not be negative."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn from the model's distribution."""
+
+    # Built in notebooks/09_generation.ipynb.
+    temperature: float = 0.0  # 0 takes the likeliest token, 1 the model's own distribution
+    top_k: int | None = None  # keep only this many of the likeliest tokens
+    top_p: float | None = None  # keep only the likeliest tokens of together this probability
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature is {self.temperature}, but must be at least 0: 0 takes the likeliest "
+                f"token, 1 the model's own distribution, more flattens it."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(
+                f"top_k is {self.top_k}, but must be at least 1: it is how many tokens stay. "
+                f"Leave it out to keep all."
+            )
+        if self.top_p is not None and not 0 <= self.top_p <= 1:
+            raise ValueError(
+                f"top_p is {self.top_p}, but must be within [0, 1]: it is a probability, not a "
+                f"percentage."
             )

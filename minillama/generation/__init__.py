@@ -1,0 +1,16 @@
+"""Writing text, in reading order: sampling, stop, engine."""
+
+# ruff: noqa: I001  (reading order)
+from minillama.generation.sampling import keep_top_k, keep_top_p, sample
+from minillama.generation.stop import StopFilter
+from minillama.generation.engine import Completion, generate, stream
+
+__all__ = [
+    "Completion",
+    "StopFilter",
+    "generate",
+    "keep_top_k",
+    "keep_top_p",
+    "sample",
+    "stream",
+]

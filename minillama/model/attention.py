@@ -34,7 +34,8 @@ class Attention(nn.Module):
     """Project to queries, keys and values; turn q and k by their positions; attend; project back.
 
     With n_kv_heads < n_heads (grouped-query attention) the KV cache shrinks by the
-    factor n_heads / n_kv_heads. Training and decoding take the same path: `cache` is the only difference.
+    factor n_heads / n_kv_heads. Training and decoding take the same path: `cache` is the only
+    difference.
 
     Source: Touvron et al. 2023b, sec. 2.2 (arXiv:2307.09288). Built in
     notebooks/05_gqa_attention.ipynb.

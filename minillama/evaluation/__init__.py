@@ -1,0 +1,1 @@
+"""Measuring models: tales tells how well a model knows the rules of the toy world."""

@@ -1,0 +1,48 @@
+"""The training loop, as a generator: whoever iterates prints, plots, saves and stops."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+
+from minillama.config import TrainingConfig
+from minillama.data.packing import Batch
+from minillama.model import Llama
+from minillama.training.schedule import learning_rate
+from minillama.training.step import StepStats, next_token_loss, train_step
+
+
+def train(
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    config: TrainingConfig,
+) -> Iterator[StepStats]:
+    """`config.steps` optimiser steps, one per iteration, each on `accumulation` micro-batches.
+
+    Raises ValueError if the batches run out, or training diverges.
+    Source: Touvron et al. 2023a, sec. 2.2. Built in notebooks/08_pretraining.ipynb.
+    """
+    device = model.tok_embeddings.weight.device
+    for step in range(1, config.steps + 1):
+        micro_batches = [batch.to(device) for batch in islice(batches, config.accumulation)]
+        if len(micro_batches) < config.accumulation:
+            raise ValueError(
+                f"The batches ended in step {step} of {config.steps}; each step takes "
+                f"{config.accumulation}. Give a source without end, or fewer steps."
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        yield train_step(model, micro_batches, optimizer, config.max_grad_norm, step)
+
+
+@torch.inference_mode()
+def evaluate(model: Llama, batches: Iterator[Batch]) -> float:
+    """The mean loss over all targets of finitely many batches, in nats per target."""
+    device = model.tok_embeddings.weight.device
+    total, n_targets = 0.0, 0
+    for batch in batches:
+        batch = batch.to(device)
+        total += next_token_loss(model(batch.tokens), batch.targets).item()
+        n_targets += batch.n_targets
+    return total / n_targets

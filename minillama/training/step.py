@@ -1,0 +1,80 @@
+"""One optimiser step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+
+from minillama.data.packing import IGNORE, Batch
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimiser step did."""
+
+    step: int  # 1, 2, ...
+    loss: float  # nats per target, before the update
+    grad_norm: float  # before clipping
+    learning_rate: float
+    n_targets: int
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch seq vocab"], targets: Int[Tensor, "batch seq"]
+) -> Float[Tensor, ""]:
+    """-log p(target), *summed* over the targets that are not IGNORE, in nats.
+
+    A sum, so that micro-batches add up: the mean of their means would weigh a target by how few
+    others its micro-batch has.
+    """
+    return cross_entropy(
+        rearrange(logits, "batch seq vocab -> (batch seq) vocab"),
+        rearrange(targets, "batch seq -> (batch seq)"),
+        ignore_index=IGNORE,
+        reduction="sum",
+    )
+
+
+def train_step(
+    model: nn.Module,
+    micro_batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    step: int = 1,
+) -> StepStats:
+    """Gradients of all micro-batches, one division by all their targets, clipping, one update.
+
+    The update equals that of one big batch, however it is cut.
+    Raises ValueError, before anything is updated, if no target counts or the loss is not finite.
+    """
+    n_targets = sum(batch.n_targets for batch in micro_batches)
+    if n_targets == 0:
+        raise ValueError(
+            f"Step {step} has no target: every target of its {len(micro_batches)} micro-batches is "
+            f"{IGNORE} (ignored), so there is nothing to learn from. Check the masks."
+        )
+    total = torch.zeros((), device=micro_batches[0].tokens.device)
+    for batch in micro_batches:
+        loss = next_token_loss(model(batch.tokens), batch.targets) / n_targets
+        loss.backward()
+        total += loss.detach()
+    grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm)
+    stats = StepStats(
+        step, total.item(), grad_norm.item(), optimizer.param_groups[0]["lr"], n_targets
+    )
+    if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
+        optimizer.zero_grad(set_to_none=True)
+        raise ValueError(
+            f"Step {step}: the loss is {stats.loss} and the gradient norm {stats.grad_norm}, so "
+            f"training has diverged; the weights are as before this step. Lower the learning rate "
+            f"(now {stats.learning_rate:g}) or warm up longer."
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return stats
