@@ -152,6 +152,8 @@ def alone(monkeypatch):
 
 
 @pytest.mark.slow
+# torch's own, for each tensor that matplotlib copies; notebooks do not show it.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @each_notebook
 def test_checks_fail_without_the_solutions_and_pass_with_them(name, alone):
     script = code(read_script(FOLDER / "src" / f"{name}.py"))
