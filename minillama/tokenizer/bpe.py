@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
-from typing import Self
 
 from .vocabulary import (
     FIRST_BYTE_ID,
@@ -51,7 +50,7 @@ class BPE(Vocabulary):
     @classmethod
     def train(
         cls, text: str | Iterable[str], vocab_size: int, character_coverage: float = 0.99995
-    ) -> Self:
+    ) -> "BPE":
         """Learn a vocabulary: merge the most frequent pair of neighbours everywhere, and repeat.
 
         ``text`` is one string or many; it is learned line by line either way. Ids: the 259 fixed

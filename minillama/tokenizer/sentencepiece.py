@@ -4,7 +4,6 @@ import io
 import os
 import re
 from collections.abc import Iterable
-from typing import Self
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
@@ -48,12 +47,12 @@ class Tokenizer(Vocabulary):
         vars(self).update(_content=content, _processor=processor)  # the way into a frozen class
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """The same as ``Tokenizer(path)``."""
         return cls(path)
 
     @classmethod
-    def from_proto(cls, model: bytes) -> Self:
+    def from_proto(cls, model: bytes) -> "Tokenizer":
         """The same as ``Tokenizer(model)``."""
         return cls(model)
 

@@ -14,11 +14,12 @@ from enum import IntEnum
 from functools import cached_property
 from operator import index
 from pathlib import Path
-from typing import Any, ClassVar, Self, SupportsIndex
+from typing import Any, ClassVar, SupportsIndex, TypeVar
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+V = TypeVar("V", bound="Vocabulary")
 ModelProto: Any = model_pb2.ModelProto  # type: ignore[attr-defined]  # made when imported
 
 SPACE = "▁"  # U+2581 stands for a space inside the pieces
@@ -91,13 +92,13 @@ class Vocabulary:
             raise ValueError("a score is not a finite number, so the merges have no order.")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls: type[V], path: str | os.PathLike[str]) -> V:
         """Read a SentencePiece .model file; OSError and ValueError name it and the way out."""
         with naming(os.fspath(path)):
             return cls(**fields_of(read_model(path)))
 
     @classmethod
-    def from_proto(cls, model: bytes) -> Self:
+    def from_proto(cls: type[V], model: bytes) -> V:
         """The same from the content of such a file."""
         with naming("this model"):
             return cls(**fields_of(model))
@@ -261,8 +262,16 @@ def fields_of(model: bytes) -> dict[str, Any]:
             "LLaMA's encoding needs byte_fallback and escape_whitespaces on and "
             "treat_whitespace_as_suffix off. Train one with train_tokenizer."
         )
+    pieces = tuple(p.piece for p in proto.pieces)
+    if trainer.HasField("vocab_size") and len(pieces) < trainer.vocab_size:
+        raise ValueError(
+            f"it holds {len(pieces)} pieces but should hold {trainer.vocab_size}: with one lost, "
+            f"all later ids mean another piece. Copy it again."
+        )
+    if not all(isinstance(text, str) for text in (*pieces, trainer.unk_surface)):
+        raise ValueError("a piece is not valid UTF-8, so the file is damaged. Copy it again.")
     return {
-        "pieces": tuple(p.piece for p in proto.pieces),
+        "pieces": pieces,
         "scores": tuple(p.score for p in proto.pieces),
         "kinds": tuple(Kind(p.type) for p in proto.pieces),
         "dummy_prefix": normalizer.add_dummy_prefix,
