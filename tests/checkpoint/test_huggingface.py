@@ -17,9 +17,9 @@ def numbered_rows(n_rows: int) -> torch.Tensor:
     return torch.arange(float(n_rows))[:, None].expand(n_rows, 3)
 
 
-def test_by_hand():  # two heads of four channels; the pairs were (0, 1) and (2, 3)
-    reordered = halves_from_pairs(numbered_rows(8), n_heads=2)
-    assert reordered[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+def test_by_hand():  # two heads of six channels; the pairs were (0, 1), (2, 3), (4, 5)
+    reordered = halves_from_pairs(numbered_rows(12), n_heads=2)
+    assert reordered[:, 0].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
 
 
 def test_a_llama_head_goes_to_evens_then_odds():

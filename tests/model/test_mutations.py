@@ -108,8 +108,13 @@ import sys
 from pathlib import Path
 import minillama, pytest
 assert Path(minillama.__file__).is_relative_to(Path.cwd()), "this is not the copy"
-sys.exit(pytest.main(["-p", "no:cacheprovider", "--junit-xml=report.xml", *sys.argv[1:]]))
+options = ["-p", "pytest_timeout", "-p", "no:cacheprovider", "--junit-xml=report.xml"]
+sys.exit(pytest.main(options + sys.argv[1:]))
 """
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # plugins that these tests do not need cost a second
+}
 
 
 def failures(copy: Path, *tests: str) -> dict[str, str]:
@@ -117,7 +122,7 @@ def failures(copy: Path, *tests: str) -> dict[str, str]:
     run = subprocess.run(
         [sys.executable, "-c", RUN, *(str(TESTS / test) for test in tests)],
         cwd=copy,
-        env=os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(copy)},
         capture_output=True,
         text=True,
         timeout=300,

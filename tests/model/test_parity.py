@@ -80,7 +80,8 @@ def test_logits_equal_transformers(config):
 def test_logits_equal_transformers_with_tied_embeddings():
     config = small_config(tie_embeddings=True)
     model, tokens = random_llama(config), random_tokens(config, batch=1, seq=32)
-    assert_close(model(tokens), transformers_logits(model, tokens), rtol=1e-5, atol=1e-5)
+    # One matrix serves both ends, so the logits are of order sqrt(dim) = 8.
+    assert_close(model(tokens), transformers_logits(model, tokens), rtol=1e-5, atol=8e-5)
 
 
 @torch.no_grad()
