@@ -15,6 +15,9 @@ from minillama.config import PRESETS, LlamaConfig, Sampling, TrainingConfig
 if TYPE_CHECKING:
     from minillama.training.run import PretrainingRun
 
+# Fields of a dataclass within a command are flags without a prefix: --steps, not --training.steps.
+FLAT = tyro.conf.arg(name="")
+
 # The recipe of the demo, and of the toy checkpoint that the notebooks show.
 TOY_TRAINING = TrainingConfig(steps=1000, batch_size=16, seq_len=256, learning_rate=5e-3)
 
@@ -42,7 +45,10 @@ class Demo:
         stories = tales.corpus("train")
         print(f"Tokenizer: {config.vocab_size} pieces from {len(stories):,} stories.")
         tokenizer = train_tokenizer(stories, config.vocab_size)
-        training = replace(TOY_TRAINING, steps=self.steps, seed=self.seed)
+        warmup_steps = min(TOY_TRAINING.warmup_steps, self.steps // 10)
+        training = replace(
+            TOY_TRAINING, steps=self.steps, warmup_steps=warmup_steps, seed=self.seed
+        )
         run = PretrainingRun(self.out, stories, tales.corpus("valid"), tokenizer, config, training)
         _follow(run)
 
@@ -98,7 +104,7 @@ class Pretrain:
     tokenizer: Path | None = None  # a tokenizer.model; without it, one is trained on the text
     vocab_size: int | None = None  # of the tokenizer that is trained; without it, the preset's
     device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
-    training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(default_factory=TrainingConfig)
+    training: Annotated[TrainingConfig, FLAT] = field(default_factory=TrainingConfig)
 
     def run(self) -> None:
         from minillama.checkpoint import load_tokenizer
@@ -132,7 +138,7 @@ class Generate:
     model: Path  # a checkpoint folder, or a llama2.c .bin
     tokenizer: Path | None = None  # where it does not lie beside the weights
     max_new_tokens: int = 200
-    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    sampling: Annotated[Sampling, FLAT] = field(default_factory=Sampling)
     seed: int | None = None  # the same seed draws the same text
     stop: tuple[str, ...] = ()  # end before any of these strings
     device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
@@ -208,14 +214,14 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. A mistake of the user ends it with one text and exit code 2."""
-    command = tyro.cli(
-        Command,
-        prog="minillama",
-        description="The executable form of the LLaMA papers.",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
     try:
+        command = tyro.cli(
+            Command,
+            prog="minillama",
+            description="The executable form of the LLaMA papers.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
         command.run()
     except (ValueError, OSError) as error:
         print(f"minillama: {error}", file=sys.stderr)

@@ -65,7 +65,11 @@ def save(
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """A tokenizer from SentencePiece's tokenizer.model or llama2.c's tokenizer.bin."""
+    """A tokenizer from SentencePiece's tokenizer.model or llama2.c's tokenizer.bin.
+
+    Raises OSError, ValueError, or CheckpointError (a ValueError), naming the file, if it is missing
+    or damaged.
+    """
     if Path(path).suffix == ".bin":
         return load_tokenizer_bin(path)
     return Tokenizer(path)

@@ -87,9 +87,14 @@ def load_tokenizer_bin(path: str | os.PathLike[str]) -> Tokenizer:
 
     The file holds (score, length, bytes) per id. Ids 0 to 258 are <unk>, <s>, </s> and the bytes,
     as in every Llama tokenizer; in the others a space stands for SentencePiece's "▁".
-    Raises CheckpointError, naming the file, if it is cut off or damaged.
+    Raises FileNotFoundError, or CheckpointError if it is cut off or damaged; both name the file.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no file {path}. Name the tokenizer.bin, or the tokenizer.model, that comes "
+            f"with the weights."
+        )
     data = path.read_bytes()
     pieces: list[str] = []
     scores: list[float] = []
@@ -108,7 +113,10 @@ def load_tokenizer_bin(path: str | os.PathLike[str]) -> Tokenizer:
         vocabulary = Vocabulary((*FIXED_PIECES, *learned), tuple(scores), kinds)
         return Tokenizer(vocabulary.to_proto())
     except (struct.error, ValueError) as error:
-        raise CheckpointError(f"{path} is no whole tokenizer.bin of llama2.c: {error}") from error
+        raise CheckpointError(
+            f"{path} is no whole tokenizer.bin of llama2.c ({error}). Copy it again, or name the "
+            f"tokenizer.model that comes with the weights."
+        ) from error
 
 
 def _read_legacy_header(path: Path, header: bytes) -> LlamaConfig:

@@ -29,6 +29,7 @@ PARAMS, WEIGHTS, TOKENIZER, SUMS = FILES = (
     "tokenizer.model",
     "SHA256SUMS",
 )
+SUMMED = (PARAMS, WEIGHTS, TOKENIZER)
 
 
 class CheckpointError(ValueError):
@@ -43,14 +44,7 @@ def save_native(folder: str | os.PathLike[str], model: Llama, tokenizer: Tokeniz
     Raises CheckpointError if `folder` holds anything else, OSError if it cannot be written.
     """
     folder = Path(folder)
-    found = folder.iterdir() if folder.is_dir() else ()
-    foreign = sorted(path.name for path in found if path.name not in FILES)
-    if foreign or (folder.exists() and not folder.is_dir()):
-        raise CheckpointError(
-            f"{folder} is not replaced by a checkpoint: "
-            f"{'it holds ' + ', '.join(foreign[:3]) if foreign else 'it is a file'}, "
-            f"which would be lost. Name a new or an empty folder."
-        )
+    check_replaceable(folder)
     check_vocabulary(model.config, tokenizer)
     with _replacing(folder) as new:
         weights = model.state_dict()
@@ -66,7 +60,7 @@ def save_native(folder: str | os.PathLike[str], model: Llama, tokenizer: Tokeniz
             ) from error
         (new / PARAMS).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
         (new / TOKENIZER).write_bytes(tokenizer.to_proto())
-        sums = [f"{_sha256(new / name)}  {name}\n" for name in (PARAMS, WEIGHTS, TOKENIZER)]
+        sums = [f"{_sha256(new / name)}  {name}\n" for name in SUMMED]
         (new / SUMS).write_text("".join(sums))
 
 
@@ -84,18 +78,29 @@ def load_native(folder: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, 
     _verify(folder)
     try:
         config = LlamaConfig.from_dict(json.loads((folder / PARAMS).read_text()))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / PARAMS} is no config of a model: {error}") from error
+    try:
         weights = load_file(folder / WEIGHTS)
-    except (ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read as a checkpoint: {error}") from error
-    if config.tie_embeddings and "tok_embeddings.weight" in weights:
-        weights["output.weight"] = weights["tok_embeddings.weight"]
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is no safetensors file: {error}") from error
+    if config.tie_embeddings:
+        if "output.weight" in weights:
+            raise CheckpointError(
+                f"{folder}: {PARAMS} says that output.weight is tok_embeddings.weight "
+                f"(tie_embeddings), but {WEIGHTS} holds one of its own. They belong to different "
+                f"models."
+            )
+        if "tok_embeddings.weight" in weights:
+            weights["output.weight"] = weights["tok_embeddings.weight"]
     return config, weights
 
 
 def model_from(config: LlamaConfig, weights: dict[str, Tensor], source: object) -> Llama:
     """A Llama around these weights, without copying them.
 
-    Raises CheckpointError, naming `source`, unless names and shapes are exactly the config's.
+    Raises CheckpointError, naming `source`, unless names and shapes are exactly the config's, and
+    the numbers are floating-point numbers.
     """
     needed = parameter_shapes(config)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -107,6 +112,9 @@ def model_from(config: LlamaConfig, weights: dict[str, Tensor], source: object) 
             f"{needed.get(name, 'no such tensor')}, the file has {found.get(name, 'none')} "
             f"({len({name for name, _ in wrong})} tensors differ). They belong to different models."
         )
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{source}: {name} is of {tensor.dtype}, which no weight can be.")
     model = _empty_model(config)
     model.load_state_dict(weights, assign=True)
     if config.tie_embeddings:
@@ -117,6 +125,18 @@ def model_from(config: LlamaConfig, weights: dict[str, Tensor], source: object) 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a model of this config, by name."""
     return {name: tuple(tensor.shape) for name, tensor in _empty_model(config).state_dict().items()}
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises CheckpointError if a checkpoint saved at `folder` would delete anything else."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    foreign = sorted(path.name for path in found if path.name not in FILES)
+    if foreign or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(
+            f"{folder} is not replaced by a checkpoint: "
+            f"{'it holds ' + ', '.join(foreign[:3]) if foreign else 'it is a file'}, "
+            f"which would be lost. Name a new or an empty folder."
+        )
 
 
 def check_vocabulary(config: LlamaConfig, tokenizer: Tokenizer) -> None:
@@ -146,9 +166,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
         yield new
         for path in (*new.iterdir(), new):
             _flush(path)
-        if folder.exists():
-            folder.rename(old)
         try:
+            if folder.exists():
+                folder.rename(old)
             new.rename(folder)
         except BaseException:
             if old.exists() and not folder.exists():
@@ -178,15 +198,19 @@ def _sha256(path: Path) -> str:
 
 
 def _verify(folder: Path) -> None:
-    for line in (folder / SUMS).read_text(errors="replace").splitlines():
-        expected, _, name = line.partition("  ")
-        if name not in FILES:
-            raise CheckpointError(f"{folder / SUMS} is damaged: it names {name!r}.")
-        if _sha256(folder / name) != expected:
+    lines = (folder / SUMS).read_text(errors="replace").removesuffix("\n").split("\n")
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if set(expected) != set(SUMMED):
+        raise CheckpointError(
+            f"{folder / SUMS} is damaged: it has the sums of {sorted(expected)}, but needs those "
+            f"of {sorted(SUMMED)}. Copy the checkpoint again."
+        )
+    for name in SUMMED:
+        if _sha256(folder / name) != expected[name]:
             raise CheckpointError(
                 f"{folder / name} is damaged or was changed: its SHA-256 is not the one in {SUMS}. "
                 f"Copy the checkpoint again. If you changed it on purpose: sha256sum "
-                f"{' '.join((PARAMS, WEIGHTS, TOKENIZER))} > {SUMS}"
+                f"{' '.join(SUMMED)} > {SUMS}"
             )
 
 

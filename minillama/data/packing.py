@@ -35,8 +35,9 @@ def pack(
     """Join the documents to one stream and cut it into rows of seq_len + 1 ids.
 
     Neighbouring rows share one id: the last target of a row is the first token of the next, so
-    every id of the stream is a target exactly once. Nothing is padded; documents are told apart by
-    their BOS and EOS alone, as in the papers' pretraining. The rest that fills no row is dropped.
+    every id of the stream but the first is a target exactly once. Nothing is padded; documents are
+    told apart by their BOS and EOS alone, as in the papers' pretraining. The rest that fills no row
+    is dropped.
 
     Raises ValueError if the stream is shorter than one row, or holds ids outside the vocabulary.
     Source: Touvron et al. 2023a, sec. 2. Built in notebooks/08_pretraining.ipynb.

@@ -119,6 +119,8 @@ class _Row:
             )
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be at least 1.")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed}, but must be at least 0 and below 2**63.")
         self.prompt_ids = tokenizer.encode(prompt, bos=True)
         if len(self.prompt_ids) >= context:
             raise ValueError(
@@ -136,11 +138,10 @@ class _Row:
         self.new_ids: list[int] = []
         self.logprobs: list[float] = []
         self.pieces: list[str] = []
-        self.finish_reason: FinishReason | None = None
+        self.ended = False
+        self.finish_reason: FinishReason = "length"  # when the row has ended
         self._decoder = StreamDecoder(tokenizer)
-        for (
-            token
-        ) in self.prompt_ids:  # so that the answer's first space is not taken for the text's
+        for token in self.prompt_ids:  # the answer's first space is then not taken for the text's
             self._decoder.push(token)
         self._stop = StopFilter(stop)
 
@@ -148,19 +149,17 @@ class _Row:
         """Draw the next token, and tell whether the row has ended."""
         token = sample(logits, self.sampling, self.generator)
         if token == self.eos_id:
-            self._finish("stop")
+            self._end("stop")
             return
         self.new_ids.append(token)
         self.logprobs.append(logits.log_softmax(-1)[token].item())
         self.pieces.append(self._stop.push(self._decoder.push(token)))
-        if self._stop.stopped:
-            self.finish_reason = "stop"
-        elif len(self.new_ids) == self.limit:
-            self._finish("length")
+        if self._stop.stopped or len(self.new_ids) == self.limit:
+            self._end("length")
 
-    def _finish(self, reason: FinishReason) -> None:
+    def _end(self, reason: FinishReason) -> None:
         self.pieces.append(self._stop.push(self._decoder.flush()) + self._stop.flush())
-        self.finish_reason = "stop" if self._stop.stopped else reason
+        self.ended, self.finish_reason = True, "stop" if self._stop.stopped else reason
 
 
 @torch.inference_mode()
@@ -185,7 +184,7 @@ def _advance(model: Llama, rows: list[_Row]) -> Iterator[None]:
         for row, logits in zip(rows, model.output(last).float(), strict=True):
             row.take(logits)
         yield
-        going = [index for index, row in enumerate(rows) if row.finish_reason is None]
+        going = [index for index, row in enumerate(rows) if not row.ended]
         if not going:
             return
         if len(going) < len(rows):

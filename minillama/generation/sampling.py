@@ -11,7 +11,9 @@ def sample(logits: Float[Tensor, " vocab"], sampling: Sampling, generator: torch
     """Draw one token id; `generator` lives on the CPU, so a seed means the same on every device."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = logits.float() / sampling.temperature
+    # From the largest down: tiny temperatures give -inf then, not inf - inf. Below 1e-30 or so a
+    # float32 would be 0.
+    logits = (logits.float() - logits.max()) / max(sampling.temperature, 1e-30)
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None:

@@ -1,6 +1,6 @@
 """The training loop, as a generator: whoever iterates prints, plots, saves and stops."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -15,7 +15,7 @@ from minillama.training.step import StepStats, next_token_loss, train_step
 def train(
     model: Llama,
     optimizer: torch.optim.Optimizer,
-    batches: Iterator[Batch],
+    batches: Iterable[Batch],
     config: TrainingConfig,
 ) -> Iterator[StepStats]:
     """`config.steps` optimiser steps, one per iteration, each on `accumulation` micro-batches.
@@ -24,8 +24,9 @@ def train(
     Source: Touvron et al. 2023a, sec. 2.2. Built in notebooks/08_pretraining.ipynb.
     """
     device = model.tok_embeddings.weight.device
+    source = iter(batches)
     for step in range(1, config.steps + 1):
-        micro_batches = [batch.to(device) for batch in islice(batches, config.accumulation)]
+        micro_batches = [batch.to(device) for batch in islice(source, config.accumulation)]
         if len(micro_batches) < config.accumulation:
             raise ValueError(
                 f"The batches ended in step {step} of {config.steps}; each step takes "
@@ -37,12 +38,19 @@ def train(
 
 
 @torch.inference_mode()
-def evaluate(model: Llama, batches: Iterator[Batch]) -> float:
-    """The mean loss over all targets of finitely many batches, in nats per target."""
+def evaluate(model: Llama, batches: Iterable[Batch]) -> float:
+    """The mean loss over all targets of finitely many batches, in nats per target.
+
+    Raises ValueError if there is no target.
+    """
     device = model.tok_embeddings.weight.device
     total, n_targets = 0.0, 0
     for batch in batches:
         batch = batch.to(device)
         total += next_token_loss(model(batch.tokens), batch.targets).item()
         n_targets += batch.n_targets
+    if n_targets == 0:
+        raise ValueError(
+            "There is no target to evaluate on: the batches are empty, or every target is ignored."
+        )
     return total / n_targets

@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import UInt
 from matplotlib.figure import Figure
 
 from minillama.checkpoint import save
+from minillama.checkpoint.native import check_replaceable, check_vocabulary
 from minillama.config import LlamaConfig, TrainingConfig
 from minillama.data.packing import as_batch, batches, pack
 from minillama.model import Llama
@@ -49,11 +52,11 @@ class PretrainingRun:
                 f"seq_len ({config.seq_len}) is longer than the model's context "
                 f"({model_config.max_seq_len} tokens). Train on rows of at most that length."
             )
+        check_vocabulary(model_config, tokenizer)
         self.folder, self.tokenizer, self.config = Path(folder), tokenizer, config
-        self.rows, self.held_out_rows = (
-            pack(_encode(tokenizer, texts), config.seq_len, model_config.vocab_size)
-            for texts in (documents, held_out)
-        )
+        check_replaceable(self.folder / "checkpoint")
+        self.rows = self._pack("text to learn from", documents)
+        self.held_out_rows = self._pack("text held out for validation", held_out)
         generator = torch.Generator().manual_seed(config.seed)
         self.model = Llama(model_config, generator).to(device)
         self.validation_loss = float("nan")  # nats per token, when the run is over
@@ -61,6 +64,13 @@ class PretrainingRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = {"model": model_config.to_dict(), "training": asdict(config)}
         (self.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    def _pack(self, name: str, documents: Sequence[str]) -> UInt[np.ndarray, "rows row_len"]:
+        ids = self.tokenizer.encode_batch(documents, bos=True, eos=True)
+        try:
+            return pack(ids, self.config.seq_len, self.tokenizer.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"The {name}: {error}") from None
 
     def __iter__(self) -> Iterator[StepStats]:
         optimizer = make_optimizer(self.model, self.config)
@@ -91,7 +101,3 @@ def plot_losses(losses: Sequence[float], validation_loss: float) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
-
-
-def _encode(tokenizer: Tokenizer, documents: Sequence[str]) -> Iterator[list[int]]:
-    return iter(tokenizer.encode_batch(documents, bos=True, eos=True))
