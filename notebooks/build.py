@@ -32,6 +32,7 @@ def build(source: Path) -> nbformat.NotebookNode:
         kernel_name="python3",
         timeout=300,  # seconds a cell
         record_timing=False,
+        coalesce_streams=True,  # one text however the messages were cut
         resources={"metadata": {"path": str(FOLDER)}},
     ).execute()
 
