@@ -69,14 +69,13 @@ def test_a_pair_whose_left_half_was_swallowed_is_not_merged_again():
         assert bpe.encode("a" * n) == ids_of_last_state(bpe, "a" * n)
 
 
-@pytest.mark.parametrize("examples", FEW_AND_MANY)
-def test_the_heap_does_what_the_definition_says(examples):
+def test_the_heap_does_what_the_definition_says():
     bpe = BPE.train("aaab abab bbaa aabb  ab   aaaa bab" * 3, 259 + 30)
 
     def check(text: str) -> None:
         assert bpe.encode(text) == ids_of_last_state(bpe, text)
 
-    for_many(examples, st.text("ab ", max_size=30), check)
+    for_many(500, st.text("ab ", max_size=30), check)
 
 
 def test_a_piece_may_reach_over_a_space():
@@ -182,7 +181,8 @@ def test_pieces_that_only_sentencepiece_knows_are_refused():
 @pytest.mark.parametrize("examples", FEW_AND_MANY)
 def test_equal_to_sentencepiece_on_any_text(bpe, tok, examples):
     def check(text: str) -> None:
-        assert bpe.encode(text) == tok.encode(text)
+        assert (ids := bpe.encode(text)) == tok.encode(text)
+        assert tok.decode(ids) == text.replace("▁", " ")
 
     for_many(examples, texts(tok.pieces[259:]), check)
 
@@ -192,20 +192,20 @@ def test_equal_to_sentencepiece_on_any_text_with_llama_2_s_file(llama2, examples
     bpe, tok = BPE.load(llama2), Tokenizer(llama2)
 
     def check(text: str) -> None:
-        assert bpe.encode(text) == tok.encode(text)
+        assert (ids := bpe.encode(text)) == tok.encode(text)
+        assert tok.decode(ids) == text.replace("▁", " ")
 
     for_many(examples, texts(tok.pieces[259:]), check)
 
 
-@pytest.mark.parametrize("examples", FEW_AND_MANY)
-def test_equal_to_sentencepiece_where_spaces_are_squeezed(stories260k, examples):
+def test_equal_to_sentencepiece_where_spaces_are_squeezed(stories260k):
     bpe, tok = BPE.load(stories260k), Tokenizer(stories260k)
     assert bpe.squeeze_spaces
 
     def check(text: str) -> None:
         assert bpe.encode(text) == tok.encode(text)
 
-    for_many(examples, texts(tok.pieces[259:], spaced="▁"), check)
+    for_many(300, texts(tok.pieces[259:], spaced="▁"), check)
 
 
 @pytest.mark.parametrize("cls", [BPE, Tokenizer])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sentencepiece import SentencePieceTrainer
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
-from texts import FEW_AND_MANY, TEXT, for_many, texts
+from texts import TEXT, for_many, texts
 
 from minillama.tokenizer import BPE, Tokenizer, train_tokenizer
 from minillama.tokenizer.vocabulary import utf8
@@ -50,22 +50,11 @@ def test_digits_stand_alone_and_japanese_survives(tok):
     assert all(3 <= i <= 258 for i in tok.encode("鬱")[1:])
 
 
-@pytest.mark.parametrize("examples", FEW_AND_MANY)
-def test_text_to_ids_to_text_is_the_identity(tok, examples):
+def test_text_to_ids_to_text_is_the_identity(tok):
     def check(text: str) -> None:
         assert tok.decode(tok.encode(text, bos=True, eos=True)) == text
 
-    for_many(examples, texts(tok.pieces[259:], spaced="▁"), check)
-
-
-@pytest.mark.parametrize("examples", FEW_AND_MANY)
-def test_text_to_ids_to_text_is_the_identity_with_llama_2_s_file(llama2, examples):
-    tok = Tokenizer(llama2)
-
-    def check(text: str) -> None:
-        assert tok.decode(tok.encode(text)) == text
-
-    for_many(examples, texts(tok.pieces[259:], spaced="▁"), check)
+    for_many(300, texts(tok.pieces[259:], spaced="▁"), check)
 
 
 def test_the_one_exception_comes_back_as_a_space(tok, bpe):

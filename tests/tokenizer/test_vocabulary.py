@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
-from texts import FEW_AND_MANY, for_many
+from texts import for_many
 
 from minillama.tokenizer import BPE, StreamDecoder, Tokenizer, Vocabulary
 from minillama.tokenizer.vocabulary import FIXED_KINDS, FIXED_PIECES, Kind
@@ -114,9 +114,8 @@ def check_decoding(tok: Vocabulary, examples: int) -> None:
     for_many(examples, ids_of(tok), check)
 
 
-@pytest.mark.parametrize("examples", FEW_AND_MANY)
-def test_decoding_any_ids_equals_sentencepiece_s_and_the_stream(tok, examples):
-    check_decoding(tok, examples)
+def test_decoding_any_ids_equals_sentencepiece_s_and_the_stream(tok):
+    check_decoding(tok, 500)
 
 
 @pytest.mark.parametrize("squeeze", [True, False])
