@@ -46,8 +46,8 @@ print(dog_bites_man, man_bites_dog, sep="\n")
 torch.testing.assert_close(dog_bites_man, man_bites_dog)
 
 # %% [markdown]
-# The same numbers. Each word matches the query as well as before, so the sum is the same: to
-# attention, a sentence is a bag of words. Positions have to enter from outside.
+# The same numbers. Each word matches the query as well as before, so the sum is the same: to this
+# layer, a sentence is a bag of words. Positions have to enter from outside.
 #
 # ## A pair of numbers is a clock hand
 #
@@ -168,8 +168,8 @@ plt.show()
 # %% [markdown]
 # ## The same as the package's?
 #
-# The package turns all tokens, heads and rows of a batch in four tensor operations. It takes the
-# angles as an argument, since every layer uses the same ones.
+# The package turns all tokens, heads and rows of a batch at once. It takes the angles as an
+# argument, since every layer uses the same ones.
 
 # %%
 from minillama.model import apply_rope, rope_angles
@@ -318,8 +318,8 @@ assert neighbours["angles in float32"].std() < 0.01 < neighbours["angles in bflo
 
 # %%
 fig, ax = plt.subplots()
-for name, color in [("angles in bfloat16", "C1"), ("angles in float32", "C0")]:
-    ax.plot(neighbours[name], color=color, lw=0.6 if color == "C1" else 1.5, label=name)
+ax.plot(neighbours["angles in bfloat16"], color="C1", lw=0.6, label="angles in bfloat16")
+ax.plot(neighbours["angles in float32"], color="C0", label="angles in float32")
 ax.set(xlabel="position", ylabel="score with the word before")
 ax.legend()
 plt.show()
@@ -393,6 +393,7 @@ rows = torch.arange(16.0)[:, None]
 for n_heads in (2, 4):
     moved = halves_from_pairs(rows, n_heads=n_heads).flatten()
     print(f"n_heads={n_heads}:", *(f"{int(row):2d}" for row in moved))
+    assert sorted(moved.tolist()) == list(range(16))
 
 # %% [markdown]
 # Both are valid orders of 16 rows. Nothing has the wrong shape, and no error will ever be raised.

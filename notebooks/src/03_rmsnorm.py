@@ -247,7 +247,8 @@ print(f"{n_norms} norms with {n_norms * config.dim:,} weights: {share:.3%} of al
 # $$y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot \mathrm{weight}$$
 #
 # Without ε a vector of zeros is divided by zero. And *where* it stands is not a matter of taste:
-# behind the root, the value is fine, but the slope of the root at zero is infinite.
+# added to the root instead, it saves the value but not the gradient, for the slope of the root at
+# zero is infinite.
 
 
 # %%
@@ -333,7 +334,7 @@ ours = RMSNorm(4096, eps=0.0).bfloat16()(x).detach()
 after = {name: y.float().pow(2).mean(-1).sqrt() for name, y in [("naive", naive), ("ours", ours)]}
 for name, sizes in after.items():
     print(f"{name:5s}: off by up to {(sizes - 1).abs().max():.2%}")
-assert (after["ours"] - 1).abs().max() < 0.001 < (after["naive"] - 1).abs().max()
+assert (after["ours"] - 1).abs().max() < 0.002 < (after["naive"] - 1).abs().max()
 
 # %%
 fig, ax = plt.subplots(figsize=(6, 2.2))
