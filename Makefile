@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
           $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lab notebooks data lock clean
+.PHONY: help demo test check lint lab notebooks data toy lock clean
 
 help:       ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1\t/' | expand -t 12
@@ -22,9 +22,11 @@ test: $(VENV)/dev   ## set up, then all tests and all notebooks
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest -p nbval --nbval --nbval-current-env --nbval-cell-timeout=300 notebooks
 
-check: $(VENV)/dev  ## format, lint, types and the fast tests
-	$(BIN)/python -m ruff format --check . && $(BIN)/python -m ruff check . && $(BIN)/python -m mypy
+check: lint         ## format, lint, types and the fast tests
 	$(BIN)/python -m pytest tests -m "not slow"
+
+lint: $(VENV)/dev   ## format, lint and types
+	$(BIN)/python -m ruff format --check . && $(BIN)/python -m ruff check . && $(BIN)/python -m mypy
 
 lab: $(VENV)/dev    ## open the course in JupyterLab
 	$(BIN)/python -m jupyterlab notebooks/00_tour.ipynb
@@ -34,6 +36,10 @@ notebooks: $(VENV)/dev  ## rebuild notebooks/*.ipynb, with outputs, from noteboo
 
 data: $(VENV)/core  ## rebuild data/ from the toy world's grammar, bit for bit
 	$(BIN)/python -m minillama.data.tales data
+
+toy: $(VENV)/core   ## rebuild data/toy, the small trained model that the notebooks show
+	rm -rf runs/toy && $(BIN)/minillama demo --out runs/toy
+	rm -rf data/toy && cp -r runs/toy/checkpoint data/toy && cp runs/toy/log.jsonl runs/toy/config.json data/toy.d
 
 lock:       ## make constraints.txt anew from pyproject.toml (needs uv)
 	uv pip compile --universal --python-version 3.11 --all-extras --no-header --no-annotate \

@@ -5,6 +5,7 @@ starting torch. Every size is final: nothing is derived later, nothing is None.
 """
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -205,7 +206,7 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
         for name in ("learning_rate", "eps", "max_grad_norm"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0.")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}, but must be within [0, 1].")
@@ -217,7 +218,7 @@ class TrainingConfig:
                 f"warmup_steps ({self.warmup_steps}) must be at least 0 and less than steps "
                 f"({self.steps}): after the warm-up the cosine needs steps to fall."
             )
-        if self.weight_decay < 0 or self.seed < 0:
+        if not 0 <= self.weight_decay < math.inf or self.seed < 0:
             raise ValueError(
                 f"weight_decay ({self.weight_decay}) and seed ({self.seed}) must not be negative."
             )

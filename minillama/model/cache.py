@@ -18,7 +18,8 @@ class KVCache:
     overwritten when it gets there. No mask for padding exists, and every row sits at the positions
     it would have alone.
 
-    `lengths[row]` is the number of tokens stored; set it after a padded call.
+    `lengths[row]` is the number of tokens stored; set it after a padded call. For use without
+    gradients: `torch.inference_mode()` or `no_grad`. `dtype` is that of the model's weights.
     Memory: 2 * n_layers * batch * n_kv_heads * max_len * head_dim numbers.
     Built in notebooks/05_gqa_attention.ipynb.
     """

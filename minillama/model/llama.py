@@ -70,8 +70,18 @@ class Llama(nn.Module):
         """The normalised residual stream after the last layer.
 
         With a cache, `tokens` continue what it holds, and it grows by them.
-        Raises ValueError for ids outside the vocabulary and for more tokens than the context.
+        Raises ValueError for tokens of another shape, for more of them than the context, and on the
+        CPU for ids outside the vocabulary (a GPU checks indices itself, and aborts).
         """
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}, but must be int64 ids "
+                f"of shape (batch, seq). A single sequence is torch.tensor([ids])."
+            )
+        if cache and len(cache.lengths) != len(tokens):
+            raise ValueError(
+                f"tokens have {len(tokens)} rows, but the cache was made for {len(cache.lengths)}."
+            )
         seq, past = tokens.shape[1], max(cache.lengths) if cache else 0
         room = min(self.config.max_seq_len, cache.max_len) if cache else self.config.max_seq_len
         if past + seq > room:
