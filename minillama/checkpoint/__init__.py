@@ -11,6 +11,7 @@ from minillama.checkpoint.native import (
     TOKENIZER,
     CheckpointError,
     check_vocabulary,
+    interrupted_save,
     load_native,
     model_from,
     save_native,
@@ -80,6 +81,11 @@ def _read(path: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
         return load_native(path)
     if path.is_file():
         return load_llama2c(path)
+    if earlier := interrupted_save(path):
+        raise FileNotFoundError(
+            f"There is no {path}: its last save was cut off. {earlier} is the checkpoint before "
+            f"it; rename it to {path.name}."
+        )
     raise FileNotFoundError(
         f"There is no {path}. A checkpoint is a folder that minillama saved, or a .bin file of "
         f"llama2.c; `minillama demo` makes one in runs/demo/checkpoint."

@@ -72,8 +72,10 @@ def load_native(folder: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, 
     folder = Path(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
+        inside = folder / "checkpoint"
+        hint = f"; {inside} is one" if (inside / PARAMS).is_file() else ""
         raise CheckpointError(
-            f"{folder} is no checkpoint of minillama: {', '.join(missing)} missing{_hint(folder)}."
+            f"{folder} is no checkpoint of minillama: {', '.join(missing)} missing{hint}."
         )
     _verify(folder)
     try:
@@ -214,11 +216,7 @@ def _verify(folder: Path) -> None:
             )
 
 
-def _hint(folder: Path) -> str:
-    """Where the checkpoint may be instead."""
-    if (folder / "checkpoint" / PARAMS).is_file():
-        return f"; {folder / 'checkpoint'} is one"
-    interrupted = next(iter(folder.parent.glob(f".{folder.name}.old-*")), None)
-    if interrupted:
-        return f"; a save was cut off here, {interrupted} is the checkpoint before it: rename it"
-    return ""
+def interrupted_save(folder: Path) -> Path | None:
+    """The earlier checkpoint of `folder`, if the process died while it was being replaced."""
+    hidden = folder.parent.glob(".*")
+    return next((path for path in hidden if path.name.startswith(f".{folder.name}.old-")), None)
