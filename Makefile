@@ -37,9 +37,8 @@ notebooks: $(VENV)/dev  ## rebuild notebooks/*.ipynb, with outputs, from noteboo
 data: $(VENV)/core  ## rebuild data/ from the toy world's grammar, bit for bit
 	$(BIN)/python -m minillama.data.tales data
 
-toy: $(VENV)/core   ## rebuild data/toy, the small trained model that the notebooks show
-	rm -rf runs/toy && $(BIN)/minillama demo --out runs/toy
-	rm -rf data/toy && cp -r runs/toy/checkpoint data/toy && cp runs/toy/log.jsonl runs/toy/config.json data/toy.d
+toy: $(VENV)/core   ## train data/toy anew, the small model that the notebooks show
+	$(BIN)/minillama demo --out data/toy
 
 lock:       ## make constraints.txt anew from pyproject.toml (needs uv)
 	uv pip compile --universal --python-version 3.11 --all-extras --no-header --no-annotate \

@@ -1,0 +1,59 @@
+"""The demo keeps its promise, and the toy checkpoint that ships is what its recipe makes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minillama import load
+from minillama.checkpoint.native import FILES
+from minillama.data import tales
+from minillama.evaluation.tales import write_tales
+
+TOY = Path(__file__).parents[1] / "data" / "toy"
+
+
+def losses(folder):
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines[:-1]]
+
+
+def demo(folder, *flags):
+    command = [sys.executable, "-m", "minillama", "demo", "--out", str(folder), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_toy_that_ships_is_small_and_writes_consistent_stories():
+    assert sum(path.stat().st_size for path in (TOY / "checkpoint").iterdir()) < 2_000_000
+    report = write_tales(*load(TOY / "checkpoint"), tales.corpus("train"), n=30, seed=1000)
+    assert report.n_consistent >= 24  # fewer stories, so a wider margin than for a hundred
+    assert report.n_copied == 0
+
+
+@pytest.mark.slow
+def test_a_short_rebuild_follows_the_toys_loss_curve(tmp_path):
+    # In the first 60 of its steps a shorter run has the same warm-up and nearly the same rate.
+    settings = json.loads((TOY / "config.json").read_text())["training"]
+    demo(tmp_path / "run", "--steps", str(settings["warmup_steps"] + 10), "--n-checked", "1")
+    rebuilt = losses(tmp_path / "run")[: settings["warmup_steps"]]
+    assert rebuilt == pytest.approx(losses(TOY)[: len(rebuilt)], abs=0.02)  # another CPU rounds
+
+
+@pytest.mark.slow
+def test_of_100_stories_at_least_90_are_consistent_and_none_is_copied(tmp_path):
+    output = demo(tmp_path / "run")
+    print(output)
+    n, consistent, copied = map(
+        int,
+        re.search(r"Of (\d+) stories .* (\d+) are consistent .* (\d+) are copied", output).groups(),
+    )
+    assert n == 100
+    assert consistent >= 90
+    assert copied == 0
+    found = {path.name for path in (tmp_path / "run").iterdir()}
+    assert found == {"checkpoint", "config.json", "log.jsonl", "loss.png"}
+    assert {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()} == set(FILES)
+    assert losses(tmp_path / "run")[-1] < 1.0
