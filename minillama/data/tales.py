@@ -6,8 +6,11 @@ can be measured: every story has a cast (who, what, where), each member of it co
 of a plot's sentences, `check` turns the same sentences into patterns and reads the slots back.
 
 To add a plot, add an entry to PLOTS; to add a name, a thing or a place, add a word. A plot obeys
-one rule, which the tests hold: whatever the wordings, at least two of its steps name each slot, so
-that no word of the cast can be exchanged unnoticed.
+two rules. The tests hold the first: whatever the wordings, at least two of its steps name each
+slot, so that no word of the cast can be exchanged unnoticed. The second is the old storytellers':
+say a word again soon after its first mention ("lived Mia. Mia had a red, red kite. The kite ...").
+Small models learn to copy over a distance of three tokens first, and over a whole story only then;
+without these echoes they stay for a long time at guessing names at random.
 
 Built in notebooks/07_data.ipynb.
 """
@@ -21,7 +24,6 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from random import Random
-from string import Formatter
 from typing import TypeVar
 
 # --- The words -----------------------------------------------------------------------------------
@@ -57,42 +59,38 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-GIRLS = _words("Ada Anna Clara Eva Ida Lena Mia Nora Rosa Zoe")
-BOYS = _words("Ben Emil Finn Hugo Jon Leo Max Otto Paul Tom")
-PEOPLE = (
-    *(Person(name, "girl", "she", "her", "her") for name in GIRLS),
-    *(Person(name, "boy", "he", "him", "his") for name in BOYS),
-)
+def _people(girls: str, boys: str) -> tuple[Person, ...]:
+    return (
+        *(Person(name, "girl", "she", "her", "her") for name in _words(girls)),
+        *(Person(name, "boy", "he", "him", "his") for name in _words(boys)),
+    )
+
+
+HEROES = _people("Anna Ida Mia", "Ben Finn Leo")
+FRIENDS = _people("Clara Nora Rosa", "Hugo Max Tom")
+OWNERS = _people("Ada Emma", "Otto Paul")
 # Any word of a kind fits any sentence: each thing can be carried, lost, broken and mended.
-THINGS = _words("basket bell boat box clock cup drum fiddle flute jug kite lamp puppet whistle")
-COLOURS = _words("black blue brown green red silver white yellow")
-PLACES = _words(
-    "barn beach bridge church farm harbour lake market mill river school station tower well"
-)
-SPOTS = (
-    "behind a tree",
-    "behind a wall",
-    "beside the path",
-    "between two stones",
-    "in the tall grass",
-    "under a bench",
-)
-ANIMALS = _words("badger bear cat dog donkey fox goat goose hare pony")
-TOOLS = _words("ladder net plank pole rope")
-FOODS = _words("bread cheese fish honey jam pie porridge soup")
+THINGS = _words("basket bell boat cup drum flute kite lamp")
+TREASURES = _words("book clock mirror ring scarf")
+COLOURS = _words("blue green red white yellow")
+HOMES = _words("castle farm harbour mill tower")
+PLACES = _words("beach bridge church market river")
+SPOTS = _words("bench cart tree")
+ANIMALS = _words("bear dog fox goat hare")
+TOOLS = _words("ladder net rope")
+FOODS = _words("bread honey pie soup")
 DAYS = _words("afternoon evening morning Friday Sunday")
 
-# What may fill a slot. No two slots of a story share a word: the hero is not the friend.
+# What may fill a slot. Each slot has words of its own: no hero can be the friend by accident.
 SLOTS: dict[str, tuple[Word, ...]] = {
-    "hero": PEOPLE,
-    "friend": PEOPLE,
-    "owner": PEOPLE,
+    "hero": HEROES,
+    "friend": FRIENDS,
+    "owner": OWNERS,
     "thing": THINGS,
-    "other": THINGS,
+    "other": TREASURES,
     "colour": COLOURS,
-    "shade": COLOURS,
     "place": PLACES,
-    "home": PLACES,
+    "home": HOMES,
     "spot": SPOTS,
     "animal": ANIMALS,
     "tool": TOOLS,
@@ -108,268 +106,298 @@ Plot = tuple[Step, ...]
 PLOTS: dict[str, Plot] = {
     "lost": (  # what was lost is where the friend saw it
         (
-            "{hero} lived in a small house by the {home}.",
-            "In a small house by the {home} lived a {hero.child} called {hero}.",
-            "There was once a {hero.child} called {hero}, who lived by the {home}.",
+            "By the {home}, the old {home}, lived {hero}.",
+            "Long ago, by the {home}, the old {home}, lived a {hero.child} called {hero}.",
+            "There was a {home}, and by the {home} lived a {hero.child} called {hero}.",
         ),
         (
-            "{hero.They} had a {colour} {thing} and took it everywhere.",
-            "Of all {hero.their} things {hero.they} loved a {colour} {thing} best.",
-            "{hero.Their} best friend was a {colour} {thing}.",
+            "{hero} had a {colour}, {colour} {thing}.",
+            "{hero} loved a {colour}, {colour} {thing}.",
+            "{hero} went nowhere without {hero.their} {colour}, {colour} {thing}.",
         ),
         (
-            "One {day} the {thing} was gone.",
-            "But one {day} {hero.they} could not find the {thing}.",
-            "One {day} {hero.they} looked for the {thing}, but it was gone.",
+            "The {thing} was gone one {day}, one fine {day}.",
+            "The {thing} was not there one {day}, one cold {day}.",
+            "The {thing} could not be found one {day}, one fine {day}.",
         ),
         (
-            '"Have you seen my {thing}?" {hero.they} asked {friend}.',
-            'So {hero.they} asked {friend}, "Have you seen my {thing}?"',
+            '"Where is my {colour} {thing}?" {hero} asked {friend}.',
+            '"Have you seen my {colour} {thing}?" {hero} asked {friend}.',
+            '"My {colour} {thing} is gone," {hero} told {friend}.',
         ),
         (
-            '"I saw something {colour} at the {place}," said {friend}.',
-            '"There is something {colour} at the {place}," said {friend}.',
-            '"No," said {friend}, "but I saw something {colour} at the {place}."',
+            "{friend} had seen it at the {place}.",
+            "{friend} had seen something {colour} at the {place}.",
+            "{friend} knew of a {thing} at the {place}.",
         ),
         (
-            "So they walked to the {place}.",
-            "Together they went to the {place}.",
-            "They took the long road to the {place}.",
+            "The {place} was far, but {hero} and {friend} walked all the way.",
+            "The {place} was near, so {hero} and {friend} went to see.",
+            "The {place} was not far, so {hero} ran, and {friend} ran too.",
         ),
         (
-            "There, {spot}, lay the {thing}.",
-            "They looked and looked, and there, {spot}, was the {thing}.",
-            "And what lay there, {spot}? It was the {thing}.",
+            "There was a {spot}, and under the {spot} lay the {thing}.",
+            "There stood a {spot}, and what was under the {spot}? It was the {thing}.",
+            "They saw a {spot}, and there, under the {spot}, was the {thing}.",
         ),
         (
-            '"Now I know," said {hero}. "I played {spot} and forgot it."',
-            '"I played {spot} and forgot it," said {hero}.',
-            '"Who put it {spot}?" asked {hero}, but {hero.they} knew.',
+            '"I forgot it under the {spot}," said {hero}.',
+            '"I played under the {spot} and forgot it," said {hero}.',
+            '"Who put it under the {spot}?" asked {hero}.',
         ),
         (
-            "That {day} {hero} came home to the {home} with the {colour} {thing}.",
-            "So, that {day}, {hero} brought the {colour} {thing} home to the {home}.",
-            "By the {home}, that {day}, {hero} told the {colour} {thing} to stay at home.",
+            "{hero} took the {colour}, {colour} {thing} home to the {home} that {day}.",
+            "{hero} came home to the {home} with the {colour}, {colour} {thing} that {day}.",
+            "{hero} told the {colour}, {colour} {thing} to stay by the {home} after that {day}.",
         ),
     ),
     "trade": (  # two things change hands
         (
-            "{hero} and {friend} had been friends for years.",
-            "{hero} had a good friend called {friend}.",
-            "There were once two friends, {hero} and {friend}.",
+            "There were two friends, {hero} and {friend}.",
+            "{hero} had a good friend, and {hero.their} friend was {friend}.",
+            "Long ago there lived two friends, {hero} and {friend}.",
         ),
         (
-            "{hero} had a {colour} {thing}, and {friend} had a {shade} {other}.",
-            "{hero} loved a {colour} {thing}, and {friend} loved a {shade} {other}.",
+            "{hero} had a {thing}, and {friend} had a {other}.",
+            "{hero} loved a {thing}, and {friend} loved a {other}.",
         ),
         (
-            "One {day} they met at the {place}.",
-            "One {day} they sat together at the {place}.",
-            "They were at the {place} one {day}, and there was not much to do.",
+            "The {other} was fine, and the {thing} was fine too.",
+            "The {other} was old, but the {thing} was new.",
+            "The {other} was small, and the {thing} was not.",
         ),
         (
-            "{hero} looked at the {other}, and {friend} looked at the {thing}.",
-            "{hero} held the {other} for a while, and {friend} held the {thing}.",
+            "One {day}, one fine {day}, they met at the {place}.",
+            "One {day}, one cold {day}, they met at the {place}.",
+            "One {day}, one fine {day}, both came to the {place}.",
         ),
         (
-            '"I like your {other}," said {hero}.',
-            '"What a good {other} you have," said {hero}.',
-            '"I often think of your {other}," said {hero}.',
+            'The {place} was quiet. "I like your {other}," said {hero}.',
+            'The {place} was empty. "What a good {other}," said {hero}.',
+            'The {place} was dark. "I often think of your {other}," said {hero}.',
         ),
         (
             '"And I like your {thing}," said {friend}.',
-            '"I have always wanted a {thing}," said {friend}.',
-            '"And I would love to have your {thing}," said {friend}.',
+            '"And I have always wanted a {thing}," said {friend}.',
+            '"And what a good {thing} you have," said {friend}.',
         ),
         (
-            "Then {hero} gave {friend} the {thing}, and {friend} gave {hero} the {other}.",
-            "Then {friend} took the {thing}, and {hero} took the {other}.",
+            "{friend} took the {thing}, and {hero} took the {other}.",
+            "{friend} gave the {other} to {hero}, and {hero} gave the {thing} to {friend}.",
         ),
         (
-            "So the {colour} {thing} went home with {friend}, and the {shade} {other} with {hero}.",
-            "Now the {colour} {thing} was with {friend}, and the {shade} {other} was with {hero}.",
+            "The {thing} went home with {friend}, and the {other} went home with {hero}.",
+            "Now the {thing} was with {friend}, and the {other} was with {hero}.",
         ),
         (
-            "They still talk about that {day} at the {place}.",
-            "It was a good {day} at the {place}, and both slept well.",
-            "Both often came back to the {place} to talk about that {day}.",
+            "{hero} and {friend} still talk about that {day} at the {place}.",
+            "{hero} and {friend} often think of that {day} at the {place}.",
+            "{hero} and {friend} slept well after that {day} at the {place}.",
         ),
     ),
     "gift": (  # what was left behind comes after its owner
         (
-            "{friend}, who lived by the {home}, had a birthday.",
-            "It was a big day by the {home}, for {friend} had a birthday.",
-            "By the {home} lived {friend}, and one day {friend.they} had a birthday.",
+            "By the {home}, the old {home}, lived {friend}.",
+            "Long ago, by the {home}, the old {home}, lived a {friend.child} called {friend}.",
+            "There was a {home}, and by the {home} lived a {friend.child} called {friend}.",
         ),
         (
-            "{hero} had a {colour} {thing} for {friend.them}.",
-            "{hero} wanted to bring {friend.them} a {colour} {thing}.",
-            "{hero} had made {friend.them} a {colour} {thing}.",
+            "{friend} had a birthday, and nobody knew it but {hero}.",
+            "{friend} had a birthday and a good friend called {hero}.",
+            "{friend} had a birthday and looked down the road for {hero}.",
         ),
         (
-            "It was a long way, and at the {place} {hero.they} sat down and slept.",
-            "Half way, at the {place}, {hero.they} sat down and looked at the birds.",
-            "At the {place} {hero.they} met an old woman, and they talked and talked.",
+            "{hero} had a {colour}, {colour} {thing} for {friend}.",
+            "{hero} had made a {colour}, {colour} {thing} for {friend}.",
+            "{hero} wanted to bring a {colour}, {colour} {thing} to {friend}.",
         ),
         (
-            "Only when {hero} saw the {home} did {hero.they} think of the {thing}.",
-            "Then {hero} went on, but at the {home} the {thing} was gone.",
-            "When {hero} came to the {home}, {hero.they} did not have the {thing}.",
+            "First came the {place}, and at the {place} {hero} slept.",
+            "First came the {place}, and at the {place} {hero} looked at the birds.",
+            "On the way was the {place}, and at the {place} {hero} sat down.",
         ),
         (
-            "But who came down the road with the {thing}? It was a {animal}.",
-            "Then a {animal} came down the road with the {thing}.",
-            "Then a {animal} came, and it had the {thing}.",
+            "{hero} came to the {home}, but the {colour} {thing} did not.",
+            "{hero} went on to the {home}, but the {colour} {thing} was gone.",
+            "{hero} saw the {home} and only then thought of the {colour} {thing}.",
         ),
         (
-            '"You left this at the {place}," said the {animal}.',
-            '"This was at the {place}, all alone," said the {animal}.',
+            "The {thing} came down the road with a {animal}.",
+            "The {thing} came after, on the back of a {animal}.",
+            "The {thing} was not lost. It came with a {animal}.",
         ),
         (
-            "{hero} thanked the {animal} and knocked at the door.",
-            "{hero} was so happy that the {animal} had to knock at the door.",
+            'The {animal} said, "You left it at the {place}."',
+            "The {animal} had found it at the {place}.",
+            "The {animal} had seen it all alone at the {place}.",
         ),
         (
-            '"A {colour} {thing}!" cried {friend}. "I have always wanted one."',
-            '"For me?" asked {friend}, and took the {colour} {thing} in both hands.',
+            "Then {hero} and the {animal} knocked, and out came {friend}.",
+            "Then {hero} thanked the {animal} and ran to {friend}.",
         ),
         (
+            "{friend} took the {colour}, {colour} {thing} in both hands.",
+            "{friend} loved the {colour}, {colour} {thing} at once.",
+            "{friend} held the {colour}, {colour} {thing} and danced.",
+        ),
+        (
+            "There was cake by the {home} for {hero}, for {friend} and for the {animal}.",
             "Then {hero}, {friend} and the {animal} ate cake by the {home}.",
-            "So {hero} and {friend} danced by the {home}, and the {animal} danced too.",
-            "By the {home} there was cake for {friend}, for {hero} and for the {animal}.",
+            "Then {hero}, {friend} and the {animal} danced by the {home}.",
         ),
     ),
     "rescue": (  # the friend has what the hero needs
         (
-            "One {day} {hero} heard a small cry from the {place}.",
-            "{hero} was at the {place} one {day} and heard a small cry.",
-            "There was a cry from the {place} one {day}, and {hero} ran to see.",
+            "One {day}, one fine {day}, {hero} came to the {place}.",
+            "One {day}, one cold {day}, {hero} walked to the {place}.",
+            "One {day}, one fine {day}, {hero} was on the way to the {place}.",
         ),
         (
-            "A young {animal} had fallen into a hole.",
-            "A young {animal} sat in the mud and could not get out.",
-            "There was a young {animal} in the cold water.",
+            "The {place} was quiet, but then came the cry of a {animal}.",
+            "The {place} was dark, and in a hole sat a {animal}.",
+            "The {place} was empty, but in the mud sat a {animal}.",
         ),
         (
-            "{hero} could not reach it.",
-            "{hero} was too small to help it alone.",
-            "{hero} did all {hero.they} could, but it was not enough.",
+            "The {animal} could not get out and looked at {hero}.",
+            "The {animal} was cold and wet and looked at {hero}.",
+            "The {animal} needed help, and nobody was there but {hero}.",
         ),
         (
-            "So {hero.they} ran to {friend}, who had a long {tool}.",
-            "So {hero.they} thought of {friend}, who had a long {tool}, and ran.",
+            "{hero} was too small, and so {hero.they} ran to {friend}.",
+            "{hero} could not reach it, and so {hero.they} ran to {friend}.",
+            "{hero} pulled and pulled, and then {hero.they} thought of {friend}.",
         ),
         (
-            '"Bring your {tool}!" called {hero}. "The {animal} needs us."',
-            '"Quick," called {hero}, "the {animal} needs you and your {tool}!"',
+            "{friend} had a {tool}.",
+            "{friend} owned a {tool}.",
+            "{friend} was at home and had a {tool}.",
         ),
         (
-            "{friend} asked nothing and ran with {hero.them} to the {place}.",
-            "{friend} left {friend.their} cake on the table and ran to the {place}.",
-            "{friend} was out of the door at once, and they ran to the {place}.",
+            'The {tool} was long. "The {animal} needs it!" cried {hero}.',
+            'The {tool} was old but good. "The {animal} needs us!" cried {hero}.',
+            'The {tool} was by the door. "Bring it for the {animal}!" cried {hero}.',
         ),
         (
-            "{friend} held the {tool}, and {hero} pulled the {animal} out.",
-            "{hero} held the {tool}, and {friend} pulled the {animal} out.",
-            "With the {tool} they pulled and pulled, and out came the {animal}.",
+            "So {hero} ran, and {friend} ran, back to the {place}.",
+            "{friend} asked nothing and ran with {hero} to the {place}.",
+            "{friend} was out of the door at once and ran with {hero} to the {place}.",
         ),
         (
-            "It was cold and wet, but it was happy.",
-            "It looked at them for a long time.",
-            "First it slept, and then it danced.",
+            "{hero} held the {tool}, and {friend} pulled out the {animal}.",
+            "{friend} held the {tool}, and {hero} pulled out the {animal}.",
+            "With the {tool} {hero} and {friend} pulled out the {animal}.",
         ),
         (
-            "Since that {day} the {animal} waits for {hero} and {friend} at the {place}.",
-            "From that {day} on {hero}, {friend} and the {animal} often met at the {place}.",
-            "At the {place} {hero}, {friend} and the {animal} still talk about that {day}.",
+            "The {animal} waits for {hero} and {friend} at the {place} since that {day}.",
+            "The {animal}, {hero} and {friend} still talk about that {day} at the {place}.",
+            "The {animal} often met {hero} and {friend} at the {place} after that {day}.",
         ),
     ),
     "broken": (  # a hard truth is told, and the thing is mended
         (
-            "{hero} had a {colour} {thing} and gave it to {friend} for a day.",
-            "For one day {friend} could have the {colour} {thing} that {hero} loved.",
-            "{hero} let {friend} have {hero.their} {colour} {thing} for a day.",
+            "There was a {hero.child} called {hero}.",
+            "Long ago there lived a {hero.child} called {hero}.",
+            "There was a {hero.child}, and {hero.their} name was {hero}.",
         ),
         (
-            "{friend} took it to the {place}, and there it fell and broke.",
-            "{friend} played with it at the {place} until it broke.",
-            "At the {place} it fell out of {friend.their} hands and broke.",
+            "{hero} had a {colour}, {colour} {thing}.",
+            "{hero} loved a {colour}, {colour} {thing}.",
+            "{hero} went nowhere without {hero.their} {colour}, {colour} {thing}.",
         ),
         (
-            "{friend} was so sad that {friend.they} hid the {thing} {spot}.",
-            "{friend} did not know what to do, and hid the {thing} {spot}.",
+            "The {thing} was for one day with {friend}.",
+            "The {thing} went for one day to {friend}.",
+            "The {thing} could stay for one day with {friend}.",
         ),
         (
-            'Then {hero} came and asked, "Where is my {thing}?"',
-            '"Where is my {thing}?" asked {hero}.',
+            "{friend} played at the {place}, and at the {place} the {thing} broke.",
+            "{friend} took it to the {place}, and at the {place} it broke.",
+            "{friend} ran to the {place}, and at the {place} the {thing} fell and broke.",
+        ),
+        (
+            "There was a {spot}, and under the {spot} {friend} put the {thing}.",
+            "There stood a {spot}, and under the {spot} {friend} hid the {thing}.",
+        ),
+        (
+            '"Where is my {colour} {thing}?" {hero} asked {friend}.',
+            '"Have you seen my {colour} {thing}?" {hero} asked {friend}.',
+            '"Do you still have my {colour} {thing}?" {hero} asked {friend}.',
         ),
         (
             "{friend} looked down.",
             "{friend} wanted to cry.",
-            "For a while {friend} did not say a word.",
+            "{friend} was quiet for a while.",
         ),
         (
-            '"It broke at the {place}," {friend.they} said then, "and I hid it {spot}."',
-            '"I broke it," {friend.they} said then. "It is at the {place}, {spot}."',
+            '"I broke it at the {place} and hid it under the {spot}," said {friend}.',
+            '"It broke at the {place}, and now it is under the {spot}," said {friend}.',
         ),
         (
             '"Then we will mend it," said {hero}.',
             '"Two can mend it," said {hero}.',
-            '"Thank you for telling me," said {hero}. "We can mend it."',
+            '"It is good that you told me," said {hero}.',
         ),
         (
-            "They found the {thing} {spot} and took it home.",
-            "There it was, {spot}, and they brought the {thing} home.",
+            "{hero} held the {thing}, and {friend} did the rest.",
+            "{hero} and {friend} worked until the {thing} was well.",
+            "{hero} did one half of the {thing}, and {friend} did the rest.",
         ),
         (
-            "{hero} held it, and {friend} did the rest.",
-            "{friend} held it, and {hero} did the rest.",
-        ),
-        (
-            "The {colour} {thing} is not so fine now, but {hero} and {friend} love it more.",
-            "Now {hero} and {friend} both have the old {colour} {thing}.",
-            "It is an old {colour} {thing} now, and {hero} often gives it to {friend}.",
+            "Now {hero} and {friend} both have the {colour}, {colour} {thing}.",
+            "The {colour}, {colour} {thing} is old now, but {hero} and {friend} love it more.",
+            "The {colour}, {colour} {thing} often goes from {hero} to {friend} and back.",
         ),
     ),
     "owner": (  # something found goes back to whom it belongs
         (
-            "One {day} {hero} found a {colour} {thing} at the {place}.",
-            "{hero} walked to the {place} one {day} and found a {colour} {thing}.",
-            "A {colour} {thing} lay at the {place} one {day}, and {hero} found it.",
+            "One {day}, one fine {day}, {hero} came to the {place}.",
+            "One {day}, one cold {day}, {hero} walked to the {place}.",
+            "One {day}, one fine {day}, {hero} was on the way to the {place}.",
         ),
         (
-            '"Whose {thing} is this?" {hero.they} asked {friend}.',
-            'So {hero.they} asked {friend}, "Is this {thing} yours?"',
+            "The {place} was quiet, and there lay a {colour}, {colour} {thing}.",
+            "The {place} was dark, but {hero} saw a {colour}, {colour} {thing}.",
+            "The {place} was empty but for a {colour}, {colour} {thing}.",
         ),
         (
-            '"Not mine," said {friend}. "Ask {owner}."',
-            '"No," said {friend}, "but {owner} has lost something."',
-            '"It must be the one that {owner} lost," said {friend}.',
+            "The {thing} was lost, so {hero} took it to {friend}.",
+            "The {thing} looked so alone that {hero} took it to {friend}.",
+            "The {thing} was not alone for long, for {hero} took it to {friend}.",
         ),
         (
-            "{owner} lived by the {home}, so they walked there together.",
-            "So they took the long road to the {home}, where {owner} lived.",
+            "{friend} thought that it belonged to {owner}.",
+            "{friend} had seen it in the hands of {owner}.",
+            "{friend} knew at once that it belonged to {owner}.",
         ),
         (
-            '"Is this your {thing}?" asked {hero}.',
-            '"Look," said {hero}, "a {thing}. Is it yours?"',
+            "{owner} lived by the {home}, the old {home}.",
+            "{owner} had a small house by the {home}, the old {home}.",
+            "{owner} was always by the {home}, the old {home}.",
         ),
         (
-            '"My {colour} {thing}!" cried {owner}. "I lost it at the {place}."',
-            '"Yes!" cried {owner}. "I left my {colour} {thing} at the {place}."',
+            "So {hero} and {friend} brought the {colour} {thing} to {owner}.",
+            "So {hero} and {friend} walked there with the {colour} {thing} for {owner}.",
+            '"Is this your {colour} {thing}?" {hero} and {friend} asked {owner}.',
         ),
         (
-            "{owner} was so happy that {owner.they} gave them some {food}.",
-            "To thank them, {owner} put some {food} on the table.",
+            '{owner} cried, "My {colour}, {colour} {thing}! I left it at the {place}."',
+            "{owner} had lost the {colour}, {colour} {thing} at the {place}.",
+            "{owner} had left the {colour}, {colour} {thing} at the {place}.",
         ),
         (
-            "They ate the {food} and talked about everything.",
-            "There was more {food} than they could eat.",
-            "{friend} ate most of the {food}.",
+            "Then {owner} gave them {food}, and the {food} was good.",
+            "Then {owner} gave them {food}, and the {food} was warm.",
+            "Then there was {food} on the table, {food} for everyone.",
         ),
         (
-            "That {day} the {thing} was home by the {home} with {owner}.",
-            "By the {home} they still talk about {owner}, the {thing} and that {day}.",
+            "{hero} ate some of the {food}, and {friend} ate the rest.",
+            "{friend} ate some of the {food}, and {hero} ate the rest.",
+            "{hero} and {friend} talked until the {food} was gone.",
+        ),
+        (
+            "{owner} and the {thing} were home by the {home} that {day}.",
+            "{owner} still talks by the {home} about that {day} and the {thing}.",
+            "{owner} never left the {home} without the {thing} after that {day}.",
         ),
     ),
 }
@@ -377,14 +405,13 @@ PLOTS: dict[str, Plot] = {
 # --- Writing -------------------------------------------------------------------------------------
 
 Cast = dict[str, Word]  # slot -> the word that fills it in one story
+FIELD = re.compile(r"\{(\w+)\.?(\w*)\}")  # {hero} or {hero.they}, as str.format reads them
 
 
 def tell(rng: Random) -> str:
     """One story, on one line: chance picks a plot, a cast and a wording for each step."""
     plot = _pick(rng, list(PLOTS.values()))
-    cast: Cast = {}
-    for slot in slots(plot):
-        cast[slot] = _pick(rng, [word for word in SLOTS[slot] if word not in cast.values()])
+    cast = {slot: _pick(rng, SLOTS[slot]) for slot in slots(plot)}
     return " ".join(_pick(rng, step).format(**cast) for step in plot)
 
 
@@ -398,16 +425,15 @@ def stories(n: int, seed: int) -> Iterator[str]:
             yield story
 
 
-def slots(plot: Plot) -> list[str]:
-    """The slots of a plot, in the order in which they are first named."""
-    return list(dict.fromkeys(slot for step in plot for way in step for slot, _ in _fields(way)))
-
-
 @cache
+def slots(plot: Plot) -> tuple[str, ...]:
+    """The slots of a plot, in the order in which they are first named."""
+    return tuple(dict.fromkeys(slot for step in plot for way in step for slot, _ in _fields(way)))
+
+
 def _fields(wording: str) -> list[tuple[str, str]]:
-    """The (slot, form) of each field: "{hero} lost {hero.their} {thing}" has three."""
-    fields = (field for _, field, _, _ in Formatter().parse(wording) if field is not None)
-    return [(slot, form) for slot, _, form in (field.partition(".") for field in fields)]
+    """The (slot, form) of each field; the form is empty where the word itself is meant."""
+    return FIELD.findall(wording)
 
 
 def _pick(rng: Random, options: Sequence[T]) -> T:
@@ -439,36 +465,30 @@ def check(story: str) -> Verdict:
     """Is this a story of the toy world, and does its end agree with its beginning?
 
     It must tell each step of one plot, in order, in one of its wordings, and nothing more. Each
-    slot keeps the word that filled it first, pronouns agree with it, no two slots share a word.
+    slot keeps the word that filled it first, and pronouns agree with it.
     """
-    return max(
-        (_read(name, story) for name in PLOTS), key=lambda verdict: (verdict.ok, verdict.read)
-    )
+    return max((_read(story, plot) for plot in PLOTS), key=lambda found: (found.ok, found.read))
 
 
-def _read(name: str, story: str) -> Verdict:
+def _read(story: str, plot: str) -> Verdict:
+    """How far a story follows one plot."""
     text, start, cast = story + " ", 0, Cast()
-    for number, step in enumerate(PLOTS[name], 1):
-        matches = [
-            (match, fields)
-            for pattern, fields in map(_pattern, step)
-            if (match := pattern.match(text, start))
+    for number, step in enumerate(PLOTS[plot], 1):
+        fits = [
+            (match, *_bind(cast, _fields(wording), match.groups()))
+            for wording in step
+            if (match := _pattern(wording).match(text, start))
         ]
-        if not matches:
+        if not fits:
             rest = f'reads "{story[start : start + 60]}"' if story[start:] else "is missing"
-            problem = (
-                f"step {number} of the plot {name!r} {rest}; it may read, for example: {step[0]}"
-            )
-            return Verdict(name, cast, start, problem)
-        bindings = [(match, *_bind(cast, fields, match.groups())) for match, fields in matches]
-        match, cast, conflict = min(bindings, key=lambda binding: bool(binding[2]))
-        if conflict:
-            return Verdict(
-                name, cast, match.end(), f'step {number}, "{match[0].strip()}": {conflict}'
-            )
+            problem = f"step {number} of the plot {plot!r} {rest}; it may read, e.g.: {step[0]}"
+            return Verdict(plot, cast, start, problem)
+        match, cast, conflict = min(fits, key=lambda fit: fit[2] != "")
         start = match.end()
-    surplus = f'the plot {name!r} has ended, but "{text[start : start + 60]}" follows'
-    return Verdict(name, cast, start, surplus if text[start:] else "")
+        if conflict:
+            return Verdict(plot, cast, start, f'step {number}, "{match[0].strip()}": {conflict}')
+    surplus = f'the plot {plot!r} has ended, but "{story[start : start + 60]}" follows'
+    return Verdict(plot, cast, start, surplus if start < len(text) else "")
 
 
 def _bind(cast: Cast, fields: list[tuple[str, str]], texts: Sequence[str]) -> tuple[Cast, str]:
@@ -476,28 +496,20 @@ def _bind(cast: Cast, fields: list[tuple[str, str]], texts: Sequence[str]) -> tu
     cast = dict(cast)
     # Names first: in "a {hero.child} called {hero}" the form comes before the name it agrees with.
     for (slot, form), text in sorted(zip(fields, texts, strict=True), key=lambda pair: pair[0][1]):
-        if slot in cast:
-            if text != _say(cast[slot], form):
-                was = _say(cast[slot], form)
-                return cast, f'the {slot} is {cast[slot]}, so "{was}" was to be said, not "{text}"'
-        else:
-            taken = [other for other, word in cast.items() if str(word) == text]
-            if taken:
-                return cast, f"{text} cannot be the {slot}, being the {taken[0]} already"
+        if slot not in cast:
             cast[slot] = next(word for word in SLOTS[slot] if str(word) == text)
+        if text != (due := _say(cast[slot], form)):
+            return cast, f'the {slot} is {cast[slot]}, so "{due}" was to be said, not "{text}"'
     return cast, ""
 
 
 @cache
-def _pattern(wording: str) -> tuple[re.Pattern[str], list[tuple[str, str]]]:
-    """A wording turned around: a pattern in which each field is a group, open to all its words."""
-    fields = _fields(wording)
-    literals = [re.escape(literal) for literal, *_ in Formatter().parse(wording)]
-    groups = ["|".join({_say(word, form) for word in SLOTS[slot]}) for slot, form in fields]
-    pattern = "".join(
-        f"{literal}({group})" for literal, group in zip(literals, groups, strict=False)
-    )
-    return re.compile(pattern + "".join(literals[len(groups) :]) + " "), fields
+def _pattern(wording: str) -> re.Pattern[str]:
+    """A wording turned around: each field is a group that matches any word of its kind."""
+    literals = [re.escape(literal) for literal in FIELD.split(wording)[::3]]
+    choices = [{_say(word, form) for word in SLOTS[slot]} for slot, form in _fields(wording)]
+    groups = [*(f"({'|'.join(words)})" for words in choices), " "]
+    return re.compile("".join(map("".join, zip(literals, groups, strict=True))))
 
 
 def _say(word: Word, form: str) -> str:
@@ -542,7 +554,7 @@ def write(folder: Path) -> None:
 CARD = """\
 # Tales
 
-Short stories from a toy world, one a line, in plain English. Some 300 words are enough for all of
+Short stories from a toy world, one a line, in plain English. Some 230 words are enough for all of
 them, and yet each story keeps its promises: who lost what, where it lay and to whom it went agree
 from the first sentence to the last. A model of half a million parameters learns this in minutes,
 and `minillama.data.tales.check` tells how well it did.
