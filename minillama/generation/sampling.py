@@ -44,6 +44,6 @@ def keep_top_p(
     """
     sorted_logits, order = logits.sort(descending=True, stable=True)
     probabilities = sorted_logits.softmax(-1)
-    mass_before = probabilities.cumsum(-1) - probabilities
+    mass_before = (probabilities.cumsum(-1) - probabilities).clamp(max=1)  # rounding may exceed 1
     sorted_logits = sorted_logits.masked_fill(mass_before > top_p, -torch.inf)
     return sorted_logits.gather(-1, order.argsort())
