@@ -26,7 +26,7 @@ from .vocabulary import (
 
 MAX_PIECE_LENGTH = 16  # characters
 WORD = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")  # pieces never reach over the end of a word
-LINE_END = re.compile("[\n\0\u2585]|" + "|".join(map(re.escape, FIXED_PIECES)))
+LINE_END = re.compile("[\n\0\u2585]|<(?:unk|/?s|0x[0-9A-F]{2})>")  # the fixed pieces, spelled
 
 Pair = tuple[str, str]
 
@@ -62,8 +62,8 @@ class BPE(Vocabulary):
 
         Equal to `train_tokenizer`, piece by piece, as far as Unicode's names tell a character's
         script (tested on Latin, Greek, Cyrillic, Hebrew, Arabic, Hangul, Devanagari, kana and
-        kanji). Not equal in the last pieces of a vocabulary so large that they occur nowhere any
-        more, and where two equally frequent pairs spell the same piece (a+bc, ab+c).
+        kanji). Where no pair is left, SentencePiece goes on with pairs that occur nowhere any more;
+        here, ``vocab_size`` is too large then.
 
         Raises ValueError if there is no text, and if ``vocab_size`` is too small or too large for
         it, with the smallest or largest that works.
@@ -226,12 +226,12 @@ def learn_merges(words: Counter[str], alphabet: set[str], n_merges: int) -> list
 
     candidates = [entry(pair) for pair in counts]
     heapify(candidates)
-    learned: dict[str, None] = {}  # an ordered set
+    learned: list[str] = []
     while candidates and len(learned) < n_merges:
         count, _, piece, pair = heappop(candidates)
-        if -count != counts[pair] or piece in learned:
-            continue  # the count has changed since; or another pair has spelled the same piece
-        learned[piece] = None
+        if count == 0 or -count != counts[pair]:
+            continue  # occurs no more; or the count has changed, and a newer entry holds it
+        learned.append(piece)
         changed = set()
         for w in places.pop(pair, ()):
             for old in mergeable_pairs(symbols[w]):
@@ -244,7 +244,7 @@ def learn_merges(words: Counter[str], alphabet: set[str], n_merges: int) -> list
                 changed.add(new)
         for pair in changed:
             heappush(candidates, entry(pair))
-    return list(learned)
+    return learned
 
 
 def merged(symbols: list[str], pair: Pair) -> list[str]:
