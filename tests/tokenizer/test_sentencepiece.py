@@ -35,6 +35,8 @@ def changed(model: bytes, change: Callable[[Any], object]) -> bytes:
 def test_bos_and_eos_are_added_by_id(tok):
     ids = tok.encode("the llama")
     assert tok.encode("the llama", bos=True, eos=True) == [1, *ids, 2]
+    assert tok.encode("the llama", bos=True) == [1, *ids]
+    assert tok.encode("the llama", eos=True) == [*ids, 2]
     assert tok.decode([1, *ids, 2]) == "the llama"
     assert tok.encode("", bos=True, eos=True) == [1, 2]
 
