@@ -106,9 +106,9 @@ Plot = tuple[Step, ...]
 PLOTS: dict[str, Plot] = {
     "lost": (  # what was lost is where the friend saw it
         (
-            "By the {home}, the old {home}, lived {hero}.",
-            "Long ago, by the {home}, the old {home}, lived a {hero.child} called {hero}.",
-            "There was a {home}, and by the {home} lived a {hero.child} called {hero}.",
+            "Far away was a {home}. The {home} was small, and there lived {hero}.",
+            "Long ago there was a {home}. The {home} was old, and there lived {hero}.",
+            "There was a {home}. The {home} was home to a {hero.child} called {hero}.",
         ),
         (
             "{hero} had a {colour}, {colour} {thing}.",
@@ -197,9 +197,9 @@ PLOTS: dict[str, Plot] = {
     ),
     "gift": (  # what was left behind comes after its owner
         (
-            "By the {home}, the old {home}, lived {friend}.",
-            "Long ago, by the {home}, the old {home}, lived a {friend.child} called {friend}.",
-            "There was a {home}, and by the {home} lived a {friend.child} called {friend}.",
+            "Far away was a {home}. The {home} was small, and there lived {friend}.",
+            "Long ago there was a {home}. The {home} was old, and there lived {friend}.",
+            "There was a {home}. The {home} was home to a {friend.child} called {friend}.",
         ),
         (
             "{friend} had a birthday, and nobody knew it but {hero}.",
@@ -370,9 +370,9 @@ PLOTS: dict[str, Plot] = {
             "{friend} knew at once that it belonged to {owner}.",
         ),
         (
-            "{owner} lived by the {home}, the old {home}.",
-            "{owner} had a small house by the {home}, the old {home}.",
-            "{owner} was always by the {home}, the old {home}.",
+            "{owner} lived by a {home}. The {home} was old.",
+            "{owner} had a small house by a {home}. The {home} was far away.",
+            "{owner} was always by a {home}. The {home} was not far.",
         ),
         (
             "So {hero} and {friend} brought the {colour} {thing} to {owner}.",
@@ -554,7 +554,7 @@ def write(folder: Path) -> None:
 CARD = """\
 # Tales
 
-Short stories from a toy world, one a line, in plain English. Some 230 words are enough for all of
+Short stories from a toy world, one a line, in plain English. Some 240 words are enough for all of
 them, and yet each story keeps its promises: who lost what, where it lay and to whom it went agree
 from the first sentence to the last. A model of half a million parameters learns this in minutes,
 and `minillama.data.tales.check` tells how well it did.
