@@ -199,13 +199,14 @@ class TrainingConfig:
     beta2: float = 0.95
     eps: float = 1e-5
     max_grad_norm: float = 1.0
+    init_std: float = 0.1  # of the weights: 0.02 is for widths of thousands, small models need more
     seed: int = 0  # of the weights and of the order of the rows
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
-        for name in ("learning_rate", "eps", "max_grad_norm"):
+        for name in ("learning_rate", "eps", "max_grad_norm", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0.")
         if not 0 <= self.min_lr_ratio <= 1:

@@ -44,11 +44,17 @@ class Llama(nn.Module):
     needs only some of the logits calls the two itself. Parameter names are Meta's, so official
     weights load as they are.
 
-    `generator` draws the initial weights (torch's global one where it is None).
+    `generator` draws the initial weights (torch's global one where it is None), with standard
+    deviation `init_std`; see `TrainingConfig` for when 0.02 is too little.
     Source: Touvron et al. 2023a, sec. 2.2 (arXiv:2302.13971). Built in notebooks/06_llama.ipynb.
     """
 
-    def __init__(self, config: LlamaConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        generator: torch.Generator | None = None,
+        init_std: float = 0.02,
+    ) -> None:
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
@@ -57,7 +63,7 @@ class Llama(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self._init_weights(generator)
+        self._init_weights(generator, init_std)
 
     def forward(
         self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None
@@ -111,8 +117,8 @@ class Llama(nn.Module):
             ) from None
 
     @torch.no_grad()
-    def _init_weights(self, generator: torch.Generator | None) -> None:
-        """normal(0, 0.02); what writes to the residual stream is divided by sqrt(2 * n_layers).
+    def _init_weights(self, generator: torch.Generator | None, std: float) -> None:
+        """normal(0, std); what writes to the residual stream is divided by sqrt(2 * n_layers).
 
         Meta never published its initialisation. This is GPT-2's: 2 * n_layers sub-layers add to
         the stream, and the division keeps its variance independent of depth.
@@ -120,5 +126,5 @@ class Llama(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
-                std = 0.02 / (2 * self.config.n_layers) ** 0.5 if residual else 0.02
-                parameter.normal_(0.0, std, generator=generator)
+                shrink = (2 * self.config.n_layers) ** -0.5 if residual else 1.0
+                parameter.normal_(0.0, std * shrink, generator=generator)

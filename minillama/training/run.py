@@ -58,7 +58,7 @@ class PretrainingRun:
         self.rows = self._pack("text to learn from", documents)
         self.held_out_rows = self._pack("text held out for validation", held_out)
         generator = torch.Generator().manual_seed(config.seed)
-        self.model = Llama(model_config, generator).to(device)
+        self.model = Llama(model_config, generator, config.init_std).to(device)
         self.validation_loss = float("nan")  # nats per token, when the run is over
 
         self.folder.mkdir(parents=True, exist_ok=True)
