@@ -223,6 +223,8 @@ def main(arguments: list[str] | None = None) -> None:
             config=(tyro.conf.FlagCreatePairsOff,),
         )
         command.run()
+    except BrokenPipeError:  # whoever read the text has left, as `| head` does
+        sys.exit(1)
     except (ValueError, OSError) as error:
         print(f"minillama: {error}", file=sys.stderr)
         sys.exit(2)
