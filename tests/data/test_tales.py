@@ -187,6 +187,12 @@ def test_a_seed_fixes_the_stories():
     assert not set(stories(50, seed=3)) & set(stories(50, seed=4))
 
 
+def test_no_story_is_told_twice(monkeypatch):
+    # In the real world a repeat is too rare to be seen: here there are only three stories.
+    monkeypatch.setattr(tales, "tell", lambda rng: f"story {int(3 * rng.random())}")
+    assert sorted(stories(3, seed=0)) == ["story 0", "story 1", "story 2"]
+
+
 def test_the_corpus_is_large_and_its_splits_are_disjoint():
     train, valid = corpus("train"), corpus("valid")
     assert len({*train, *valid}) == len(train) + len(valid)
