@@ -45,7 +45,7 @@ class Demo:
         stories = tales.corpus("train")
         print(f"Tokenizer: {config.vocab_size} pieces from {len(stories):,} stories.")
         tokenizer = train_tokenizer(stories, config.vocab_size)
-        warmup_steps = min(TOY_TRAINING.warmup_steps, self.steps // 10)
+        warmup_steps = min(TOY_TRAINING.warmup_steps, max(self.steps - 1, 0))
         training = replace(
             TOY_TRAINING, steps=self.steps, warmup_steps=warmup_steps, seed=self.seed
         )

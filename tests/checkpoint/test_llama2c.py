@@ -257,23 +257,23 @@ def test_a_file_that_ends_in_its_header(path, version, length):
     refused(path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"PK\x03\x04" * 100,
-        b"Once upon a time, there was a little girl named Lily." * 10,
-        bytes(1000),
-        b"\xff" * 1000,
-        struct.pack("<7i", *[2**31 - 1] * 7) + bytes(1000),
-        struct.pack("<7i", 2, 1, 2**31 - 1, 1, 1, 2**31 - 1, 1) + bytes(1000),
-        struct.pack("<7i", 2**30, 2**30, 2**30, 2**29, 2**29, -(2**31), 2**30) + bytes(1000),
-        struct.pack("<7i", 32, 64, 2, 0, 2, 300, 64) + bytes(1000),
-        struct.pack("<7i", 32, 64, 2, 4, 3, 300, 64) + bytes(1000),
-        struct.pack("<7i", 32, 64, -2, 4, 2, 300, 64) + bytes(1000),
-        struct.pack("<Ii7iB", MAGIC, 1, *[2**31 - 1] * 7, 1) + bytes(1000),
-    ],
-    ids="zip text zeros ones huge long wide no_heads odd_heads negative v1".split(),
-)
+GARBAGE = {
+    "a zip file": b"PK\x03\x04" * 100,
+    "text": b"Once upon a time, there was a little girl named Lily." * 10,
+    "zeros": bytes(1000),
+    "ones": b"\xff" * 1000,
+    "huge sizes": struct.pack("<7i", *[2**31 - 1] * 7) + bytes(1000),
+    "very deep": struct.pack("<7i", 2, 1, 2**31 - 1, 1, 1, 2**31 - 1, 1) + bytes(1000),
+    "very wide": struct.pack("<7i", 2**30, 2**30, 2**30, 2**29, 2**29, -(2**31), 2**30)
+    + bytes(1000),
+    "no heads": struct.pack("<7i", 32, 64, 2, 0, 2, 300, 64) + bytes(1000),
+    "heads that do not divide": struct.pack("<7i", 32, 64, 2, 4, 3, 300, 64) + bytes(1000),
+    "negative layers": struct.pack("<7i", 32, 64, -2, 4, 2, 300, 64) + bytes(1000),
+    "huge sizes in v1": struct.pack("<Ii7iB", MAGIC, 1, *[2**31 - 1] * 7, 1) + bytes(1000),
+}
+
+
+@pytest.mark.parametrize("content", GARBAGE.values(), ids=GARBAGE.keys())
 def test_garbage(path, content):
     path.write_bytes(content)
     refused(path)
