@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FLAT = tyro.conf.arg(name="")
 
 # The recipe of the demo, and of the toy checkpoint that the notebooks show.
-TOY_TRAINING = TrainingConfig(steps=1000, batch_size=16, seq_len=256, learning_rate=5e-3)
+TOY_TRAINING = TrainingConfig()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,8 +152,8 @@ PRESETS: dict[str, LlamaConfig] = {
     "toy": LlamaConfig(
         dim=96,
         n_layers=4,
-        n_heads=6,
-        n_kv_heads=2,
+        n_heads=3,
+        n_kv_heads=1,
         hidden_dim=256,
         vocab_size=1024,
         max_seq_len=256,
@@ -187,8 +187,8 @@ class TrainingConfig:
 
     # Source: Touvron et al. 2023a, sec. 2.2, and 2023b, sec. 2.2 (AdamW's eps).
     # Built in notebooks/08_pretraining.ipynb.
-    steps: int = 1000  # optimiser steps
-    batch_size: int = 16  # rows in one micro-batch
+    steps: int = 2200  # optimiser steps
+    batch_size: int = 8  # rows in one micro-batch
     accumulation: int = 1  # micro-batches in one step; the update equals that of one big batch
     seq_len: int = 256  # tokens in a row
     learning_rate: float = 3e-3  # the peak; the papers' 3e-4 is for 7B, small models take more
