@@ -46,7 +46,7 @@ def main() -> None:
     head = weights.flatten(0, 1)[:, [i for i, t in enumerate(ids) if t == answer]].sum(-1).argmax()
     weight = weights.flatten(0, 1)[head]
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9.5, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[2, 3])
     left.plot(range(1, len(losses) + 1), losses, linewidth=0.8)
     left.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
@@ -67,7 +67,7 @@ def main() -> None:
         is_next = index == len(ids) - 1
         shade = 0.0 if is_next else float(weight[index + 1])
         right.text(
-            column, line, text, family="monospace", fontsize=7.5, va="center",
+            column, line, text, family="monospace", fontsize=8.7, va="center",
             color="white" if is_next else "black",
             bbox={
                 "facecolor": "tab:blue" if is_next else to_rgba("tab:orange", min(1, 1.5 * shade)),

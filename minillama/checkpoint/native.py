@@ -58,6 +58,7 @@ def save_native(folder: str | os.PathLike[str], model: Llama, tokenizer: Tokeniz
             raise OSError(
                 f"{folder} could not be written ({error}); nothing was changed."
             ) from error
+        (new / WEIGHTS).chmod(0o644)  # safetensors makes it for the owner alone
         (new / PARAMS).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
         (new / TOKENIZER).write_bytes(tokenizer.to_proto())
         sums = [f"{_sha256(new / name)}  {name}\n" for name in SUMMED]
