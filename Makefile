@@ -1,8 +1,8 @@
 # minillama: `make demo` and `make test` are all you need; both set up .venv by themselves.
 
 PYTHON ?= python3
-# On a GPU machine whose driver needs another CUDA build, name PyTorch's own index, e.g.
-#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cu126
+# On a GPU machine whose driver needs another CUDA build: make demo TORCH_INDEX=URL, with the URL
+# of the package index that PyTorch's install page names for that build.
 TORCH_INDEX ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
