@@ -11,9 +11,7 @@ def sample(logits: Float[Tensor, " vocab"], sampling: Sampling, generator: torch
     """Draw one token id; `generator` lives on the CPU, so a seed means the same on every device."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    # From the largest down: tiny temperatures give -inf then, not inf - inf. Below 1e-30 or so a
-    # float32 would be 0.
-    logits = (logits.float() - logits.max()) / max(sampling.temperature, 1e-30)
+    logits = logits.float() / max(sampling.temperature, 1e-30)  # less would overflow float32
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None:

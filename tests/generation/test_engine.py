@@ -128,6 +128,17 @@ def test_a_full_context_ends_the_text(n_prompt):
 # --- Many prompts --------------------------------------------------------------------------------
 
 
+def test_rows_of_one_batch_end_at_different_times_and_for_different_reasons():
+    prompts = [*NAMES, "", "x" * 40, "日本"]
+    batch = generate(MODEL, TOKENIZER, prompts, 40, temperature=1.0, seed=3, stop=["the"])
+    lengths = {len(completion.token_ids) for completion in batch}
+    assert len(lengths) > 2
+    assert {completion.finish_reason for completion in batch} == {"stop", "length"}
+    for prompt, completion in zip(prompts, batch, strict=True):
+        alone = generate(MODEL, TOKENIZER, prompt, 40, temperature=1.0, seed=3, stop=["the"])
+        assert [completion] == alone
+
+
 @given(
     prompts=st.lists(PROMPTS, min_size=1, max_size=5),
     limit=st.integers(1, 30),
@@ -146,17 +157,6 @@ def test_a_batch_gives_what_each_prompt_gives_alone(prompts, limit, temperature,
         assert completion.token_ids == alone.token_ids
         assert completion.finish_reason == alone.finish_reason
         assert_close(completion.logprobs, alone.logprobs, rtol=1e-4, atol=1e-4)
-
-
-def test_rows_of_one_batch_end_at_different_times_and_for_different_reasons():
-    prompts = [*NAMES, "", "x" * 40, "日本"]
-    batch = generate(MODEL, TOKENIZER, prompts, 40, temperature=1.0, seed=3, stop=["the"])
-    lengths = {len(completion.token_ids) for completion in batch}
-    assert len(lengths) > 2
-    assert {completion.finish_reason for completion in batch} == {"stop", "length"}
-    for prompt, completion in zip(prompts, batch, strict=True):
-        alone = generate(MODEL, TOKENIZER, prompt, 40, temperature=1.0, seed=3, stop=["the"])
-        assert [completion] == alone
 
 
 def test_no_prompts_no_completions():

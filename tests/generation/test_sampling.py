@@ -111,10 +111,11 @@ def test_temperature_one_draws_the_models_own_distribution():
         assert abs(counts[token] - n * p) < 4 * math.sqrt(n * p * (1 - p))  # 4 sigma
 
 
-def test_temperature_two_takes_the_square_root():
-    n, roots = 4000, WORKED.sqrt() / WORKED.sqrt().sum()
-    counts = draws(WORKED.log(), n, temperature=2.0)
-    for token, p in enumerate(roots.tolist()):
+@pytest.mark.parametrize(("temperature", "power"), [(0.5, 2.0), (2.0, 0.5)])
+def test_temperature_raises_the_probabilities_to_a_power(temperature, power):
+    n, expected = 4000, WORKED**power / (WORKED**power).sum()
+    counts = draws(WORKED.log(), n, temperature=temperature)
+    for token, p in enumerate(expected.tolist()):
         assert abs(counts[token] - n * p) < 4 * math.sqrt(n * p * (1 - p))
 
 

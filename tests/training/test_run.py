@@ -93,6 +93,8 @@ def test_two_runs_with_one_seed_write_equal_bytes(finished, tmp_path):
 
 def test_another_seed_writes_other_bytes(finished, tmp_path):
     other = new_run(tmp_path / "other", config=replace(TRAINING, seed=1))
+    same = new_run(tmp_path / "same")
+    assert not torch.equal(other.model.output.weight, same.model.output.weight)
     for _ in other:
         pass
     mine, theirs = contents(other.folder), contents(finished.folder)

@@ -13,9 +13,16 @@ PAPER = TrainingConfig(steps=500_000, warmup_steps=2000, learning_rate=3e-4, min
 
 @pytest.mark.parametrize(
     ("step", "rate"),
-    [(1, 1.5e-7), (1000, 1.5e-4), (2000, 3e-4), (251_000, 1.65e-4), (500_000, 3e-5)],
+    [
+        (1, 1.5e-7),
+        (1000, 1.5e-4),
+        (2000, 3e-4),
+        (126_500, 3e-5 + 2.7e-4 * (2 + 2**0.5) / 4),  # a quarter of the way: cos 45°
+        (251_000, 1.65e-4),
+        (500_000, 3e-5),
+    ],
 )
-def test_the_papers_numbers(step, rate):  # 251,000 is half way down: (3e-4 + 3e-5) / 2
+def test_the_papers_numbers(step, rate):
     assert learning_rate(step, PAPER) == pytest.approx(rate, rel=1e-12)
 
 
