@@ -29,3 +29,14 @@ def pool_heads(
 ):  # (n_heads * head_dim, dim) -> (n_kv_heads * head_dim, dim)
     groups = wk.unflatten(0, (n_kv_heads, n_heads // n_kv_heads, -1))
     return groups.mean(1).flatten(0, 1)
+
+
+# %% [markdown]
+# **4.** Each report counts as much as its share of the whole sum: e^a / (e^a + e^b) = sigmoid(a -
+# b).
+
+
+# %% tags=["exercise-4"]
+def merge(out_a, log_sum_a, out_b, log_sum_b):  # each (head_dim,) and () -> (head_dim,)
+    share_a = torch.sigmoid(log_sum_a - log_sum_b)
+    return share_a * out_a + (1 - share_a) * out_b

@@ -2,7 +2,8 @@
 # # 5 · Attention: look things up in the past
 #
 # **Question.** A story says "Mia found a lamp", and a hundred words later "Mia brought back the
-# ...". How does a model look up the word it needs, and what does it cost to keep the past at hand?
+# ...". How does a model look up the word it needs, and what does it cost to keep the past at
+# hand?
 #
 # **You need** notebooks 2 and 3 · **It takes** 45 minutes · **Module**
 # `minillama/model/attention.py`, `minillama/model/cache.py`
@@ -32,8 +33,8 @@ print("the average agrees with each token by", past @ average)
 
 # %% [markdown]
 # What we want is a *soft lookup*: a **query** says what is sought, each token has a **key** that
-# says what it offers and a **value** that it hands over. The better a key fits the query, the more
-# of its value comes back. Here the query is the key of token 2, with some noise on it.
+# says what it offers and a **value** that it hands over. The better a key fits the query, the
+# more of its value comes back. Here the query is the key of token 2, with some noise on it.
 
 # %%
 query = past[2] + 0.05 * torch.randn(64, generator=generator)
@@ -61,8 +62,8 @@ def attend_by_hand(q, k, v):  # each (seq, head_dim) -> (seq, head_dim)
 
 
 # %% [markdown]
-# Small enough to check with a pencil: the second query is [0, 2]. Its scores are $0 / \sqrt 2 = 0$
-# and $2 / \sqrt 2 = 1.414$, so the weights are $1 / (1 + e^{1.414}) = 0.196$ and $0.804$.
+# Small enough to check with a pencil: the second query is [0, 2]. Its scores are $0 / \sqrt 2 =
+# 0$ and $2 / \sqrt 2 = 1.414$, so the weights are $1 / (1 + e^{1.414}) = 0.196$ and $0.804$.
 
 # %%
 q = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -94,29 +95,36 @@ print("equal")
 # %%
 sizes = [4, 16, 64, 256]
 generator = torch.Generator().manual_seed(2)
-largest = {True: [], False: []}
+largest, slope = {True: [], False: []}, {True: [], False: []}
 for head_dim in sizes:
     q, k = torch.randn(2, 500, 32, head_dim, generator=generator)
     scores = (q[:, :1] * k).sum(-1)
     for divided in largest:
-        scaled = scores / math.sqrt(head_dim) if divided else scores
-        largest[divided].append(scaled.softmax(-1).max(-1).values.mean().item())
-fig, ax = plt.subplots(figsize=(4, 2.2))
-ax.plot(sizes, largest[False], "o-", label="not divided")
-ax.plot(sizes, largest[True], "o-", label="divided by the root")
-ax.set(xscale="log", xlabel="head_dim", ylabel="largest of 32 weights", ylim=(0, 1))
-ax.set_xticks(sizes, sizes)
-ax.legend()
-plt.show()
+        weights = (scores / math.sqrt(head_dim) if divided else scores).softmax(-1)
+        largest[divided].append(weights.max(-1).values.mean().item())
+        # How far a weight p moves with its own score: p (1 - p), summed over the 32 weights.
+        slope[divided].append((weights * (1 - weights)).sum(-1).mean().item())
 assert largest[False][-1] > 0.8
-assert max(largest[True]) - min(largest[True]) < 0.05
+assert slope[False][-1] < 0.2 < 0.8 < min(slope[True])
+
+fig, axes = plt.subplots(1, 2)
+for ax, series, title in zip(
+    axes, (largest, slope), ("largest of 32 weights", "how far weights can move"), strict=True
+):
+    ax.plot(sizes, series[False], "o-", label="not divided")
+    ax.plot(sizes, series[True], "o-", label="divided by the root")
+    ax.set(title=title, xscale="log", xlabel="head_dim", ylim=(0, 1))
+    ax.set_xticks(sizes, sizes)
+    ax.minorticks_off()
+axes[0].legend()
+plt.show()
 
 # %% [markdown]
 # ## Causality
 #
 # In training, all positions of a text are computed at once. The *mask* makes that honest: it sets
-# the score of every later key to $-\infty$, so its weight is 0. Left, what may be seen; right, the
-# weights of a random head.
+# the score of every later key to $-\infty$, so its weight is 0. Left, what may be seen; right,
+# the weights of a random head.
 
 # %%
 seq = 12
@@ -152,7 +160,9 @@ print("positions that changed:", (before != after).any(-1).nonzero().flatten().t
 # One head can look for one thing at a time. A layer has many, each with its own queries: 32 in
 # Llama 2 7B. *Multi-head attention* gives each its own keys and values too. *Multi-query*
 # attention has one set for all. *Grouped-query* attention (GQA) stands between: each set serves a
-# group of neighbouring query heads. Llama 2 34B and 70B have 64 query heads on 8 sets.
+# group of neighbouring query heads. Llama 2 34B and 70B have 64 query heads on 8 sets. Why 8 and
+# not 1? Such a model runs on 8 GPUs, each with an eighth of the heads. A single set would have to
+# lie on each of them anyway; of eight sets, each holds one, which takes no more room.
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(6, 1.7))
@@ -167,13 +177,14 @@ for ax, n_kv_heads, name in zip(
     ax.set(title=f"{name}: {n_kv_heads} KV head{'s' * (n_kv_heads > 1)}", ylim=(-0.4, 1.4))
     ax.set_xticks([])
     ax.set_yticks([0, 1], ["keys, values", "queries"] if n_kv_heads == 8 else ["", ""])
+    ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 plt.show()
 
 # %% [markdown]
 # In numbers: with 6 query heads and 2 KV heads, query head $i$ reads KV head $\lfloor i / 3
-# \rfloor$: 0 0 0 1 1 1. So the KV heads are *repeated* one by one. Laying the whole set end to end
-# (*tiling*) gives 0 1 0 1 0 1: the same shapes, another model, and no error.
+# \rfloor$: 0 0 0 1 1 1. So the KV heads are *repeated* one by one. Laying the whole set end to
+# end (*tiling*) gives 0 1 0 1 0 1: the same shapes, another model, and no error.
 
 # %%
 n_heads, n_kv_heads = 6, 2
@@ -181,7 +192,6 @@ kv_heads = torch.arange(n_kv_heads)
 print("repeated:", kv_heads.repeat_interleave(n_heads // n_kv_heads).tolist())
 print("tiled:   ", kv_heads.repeat(n_heads // n_kv_heads).tolist())
 
-# %%
 generator = torch.Generator().manual_seed(4)
 q = torch.randn(6, 9, 16, generator=generator)
 k, v = torch.randn(2, 2, 9, 16, generator=generator)
@@ -234,9 +244,9 @@ print("equal")
 # %% [markdown]
 # ## What a trained model looks at
 #
-# `data/toy` holds a small Llama that was trained on the toy world's tales, by `minillama demo`. It
-# has 4 layers of 3 query heads, which share one KV head. A new story, up to the last mention of
-# the thing it is about:
+# `data/toy` holds a small Llama that was trained on the toy world's tales, by `minillama demo`.
+# It has 4 layers of 3 query heads, which share one KV head. Here is a new story, up to a word
+# that none of the last thirty tokens names:
 
 # %%
 from minillama import load
@@ -245,19 +255,30 @@ from minillama.data import tales
 toy, tok = load("../data/toy/checkpoint")
 story = next(s for s in tales.corpus("valid") if tales.check(s).plot == "rescue")
 animal = str(tales.check(story).cast["animal"])
-prefix = story[: story.rindex(f" {animal}")]
+prefix = story[: story.rindex(f"out the {animal}") + len("out the")]
 ids = tok.encode(prefix, bos=True)
-print(f"... {prefix[-80:]} ...")
+mentions = [i for i, token in enumerate(ids) if tok.pieces[token].strip("▁") == animal]
+print(f"... {prefix[-75:]} ...\n{len(ids)} tokens; {animal!r} is token {mentions}")
+assert len(ids) - mentions[-1] > 30
 
 # %% [markdown]
-# Which animal was it? The text just before does not say. Does the model know?
+# Which animal was it? The model has to look it up. To be sure that it does, and that it hasn't
+# learned one story by heart, we exchange the animal in the text for each of the others.
+
 
 # %%
-with torch.inference_mode():
-    probabilities = toy(torch.tensor([ids]))[0, -1].softmax(-1)
-likeliest = tok.pieces[probabilities.argmax()].strip("▁")
-print(f"the model says {likeliest!r}, and the story goes on with {animal!r}")
-assert likeliest == animal
+@torch.inference_mode()
+def next_word(text):
+    logits = toy(torch.tensor([tok.encode(text, bos=True)]))
+    return tok.pieces[logits[0, -1].argmax()].strip("▁")
+
+
+for other in tales.ANIMALS:
+    print(
+        f"with a {other} in the story, the model goes on: pulled out the",
+        word := next_word(prefix.replace(animal, other)),
+    )
+    assert word == other
 
 # %% [markdown]
 # To see where it looks, we walk through the layers with the parts we built above, and keep the
@@ -286,28 +307,31 @@ print("layers, heads, queries, keys:", tuple(maps.shape))
 assert torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5)
 
 # %% [markdown]
-# For the last position, how much of each head's attention falls on earlier mentions of the animal?
+# For the last position, how much of each head's attention falls on the mentions of the animal,
+# more than thirty tokens back?
 
 # %%
-mentions = [i for i, token in enumerate(ids) if tok.pieces[token].strip("▁") == animal]
 on_mentions = maps[:, :, -1, mentions].sum(-1)  # (layer, head)
 layer_index, head_index = divmod(int(on_mentions.argmax()), on_mentions.shape[1])
-share = len(mentions) / len(ids)
-print(f"{share:.0%} of the tokens are {animal!r}; at least one head gives them most of its weight:")
-assert on_mentions.max() > 0.5 > 3 * share
+print(f"{len(mentions) / len(ids):.0%} of the tokens are {animal!r}.")
+print(f"Layer {layer_index}, head {head_index} gives them {on_mentions.max():.0%} of its weight.")
+assert on_mentions.max() > 0.8
 
-fig, ax = plt.subplots(figsize=(4, 2))
-picture = ax.imshow(on_mentions.numpy(), cmap="Oranges", vmin=0, vmax=1)
-ax.set(title=f"weight on {animal!r}", xlabel="head", ylabel="layer")
-ax.set_xticks(range(3))
-ax.set_yticks(range(4))
-fig.colorbar(picture)
+fig, (left, right) = plt.subplots(1, 2, figsize=(6, 2), width_ratios=[1, 2])
+picture = left.imshow(on_mentions.numpy(), cmap="Oranges", vmin=0, vmax=1)
+left.set(title=f"weight on {animal!r}", xlabel="head", ylabel="layer", yticks=range(4))
+fig.colorbar(picture, ax=left)
+right.bar(range(len(ids)), maps[layer_index, head_index, -1].tolist(), color="C1", width=1)
+right.plot(mentions, [0.8] * len(mentions), "v", label=animal)
+right.legend(loc="upper left")
+right.set(title=f"layer {layer_index}, head {head_index}: where the last token looks")
+right.set(xlabel="token", ylim=(0, 1))
 plt.show()
 
 # %% [markdown]
 # That head, over the whole story: each row is a query, each column a key. What lies near the
-# diagonal is the text just read; dark spots far from it are look-ups. Blue lines mark the mentions
-# of the animal. Beside it, on the left, a head of the first layer.
+# diagonal is the text just read; dark spots far from it are look-ups. Blue lines mark the
+# mentions of the animal. Beside it, on the left, a head of the first layer.
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(6, 2.9))
@@ -323,7 +347,8 @@ plt.show()
 #
 # When a model writes, each new token needs the keys and values of all before it. They do not
 # change any more, because nothing earlier sees the new token. So they are kept. `KVCache` is that
-# memory: with it a text may be read in pieces, and the logits stay the same.
+# memory: with it a text may be read in pieces, and the logits stay the same. To write 60 tokens,
+# the model reads 60; without a cache it would read 1 + 2 + ... + 60 = 1,830.
 
 # %%
 from minillama.model import KVCache
@@ -335,11 +360,12 @@ with torch.inference_mode():
         cache = KVCache(toy.config, batch=1, max_len=60)
         parts = [toy(part, cache) for part in tokens.split(pieces, dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
+assert sum(range(1, 61)) == 1830
 print("read at once, one by one, or in three pieces: the same logits")
 
 # %% [markdown]
-# What does it cost? Per token, layer and KV head: one key and one value of `head_dim` numbers of 2
-# bytes. For Llama 2 7B that is half a mebibyte for every token; a context of 4,096 takes 2 GiB.
+# What does it cost? Per token, layer and KV head: one key and one value of `head_dim` numbers of
+# 2 bytes. For Llama 2 7B that is half a mebibyte for every token; a context of 4,096 takes 2 GiB.
 
 # %%
 config = LlamaConfig.preset("llama2-7b")
@@ -352,7 +378,7 @@ assert per_token == 2 * config.cache_elements_per_token == 524_288
 # %% [markdown]
 # Grouped queries cut it by `n_heads / n_kv_heads`. The 70B, with 8 KV heads for 64 query heads,
 # needs less than the 7B. Here are all sizes of Llama 2 as they would be with each kind of
-# attention; a dot marks what was released.
+# attention; a dot marks the kind that each was trained with.
 
 # %%
 names = ["llama2-7b", "llama2-13b", "llama2-34b", "llama2-70b"]
@@ -386,37 +412,36 @@ for name, config in PRESETS.items():
     if "llama" in name:
         group = config.n_heads // config.n_kv_heads
         kib = 2 * config.cache_elements_per_token / 1024
-        print(f"{name:14} {kib:6,.0f} KiB, {group} query heads per KV head")
+        print(f"{name:14} {kib:6,.0f} KiB, {group} query head{'s' * (group > 1)} per KV head")
 
 # %% [markdown]
 # ## Attention without the matrix
 #
-# The weights of a text of $n$ tokens are $n^2$ numbers per head. LLaMA never stores them (sec.
-# 2.4). The trick is that softmax can be computed in pieces. Keep, per query, the largest score so
-# far, the sum of $e^{\text{score} - \text{largest}}$, and the values mixed with it. When a new
-# block of keys brings a larger score, shrink what was summed before by $e^{\text{old} -
-# \text{new}}$.
+# The weights of a text of $n$ tokens are $n^2$ numbers per head. LLaMA never stores them, and
+# doesn't compute those that the mask would hide (sec. 2.4). The trick is that softmax can be
+# computed in pieces. Keep, per query, the largest score so far, the sum of $e^{\text{score} -
+# \text{largest}}$, and the values mixed with it. When a new block of keys brings a larger score,
+# shrink what was summed before by $e^{\text{old} - \text{new}}$.
 
 
 # %%
 def blockwise(q, k, v, block=4):  # each (seq, head_dim); also gives log(sum(exp(scores)))
-    seq = len(q)
-    largest = torch.full((seq, 1), -math.inf, dtype=q.dtype)
-    total, mixed = q.new_zeros(seq, 1), torch.zeros_like(q)
-    for start in range(0, seq, block):
-        scores = masked_scores(q, k, start, block)
-        new_largest = torch.maximum(largest, scores.amax(1, keepdim=True))
-        shrink, weights = (largest - new_largest).exp(), (scores - new_largest).exp()
-        total = total * shrink + weights.sum(1, keepdim=True)
-        mixed = mixed * shrink + weights @ v[start : start + block]
-        largest = new_largest
+    largest, total = q.new_full((len(q), 1), -math.inf), q.new_zeros(len(q), 1)
+    mixed = torch.zeros_like(q)
+    for start in range(0, len(q), block):
+        keys, queries = slice(start, start + block), slice(start, None)  # earlier ones see none
+        scores = visible_scores(q[queries], k[keys])
+        new_largest = torch.maximum(largest[queries], scores.amax(1, keepdim=True))
+        shrink, weights = (largest[queries] - new_largest).exp(), (scores - new_largest).exp()
+        total[queries] = total[queries] * shrink + weights.sum(1, keepdim=True)
+        mixed[queries] = mixed[queries] * shrink + weights @ v[keys]
+        largest[queries] = new_largest
     return mixed / total, largest + total.log()
 
 
-def masked_scores(q, k, start, block):  # (seq, block): a block of keys, later ones hidden
-    scores = q @ k[start : start + block].T / math.sqrt(q.shape[1])
-    later = torch.arange(start, start + scores.shape[1]) > torch.arange(len(q))[:, None]
-    return scores.masked_fill(later, -math.inf)
+def visible_scores(q, k):  # the first query stands where the first key stands
+    scores = q @ k.T / math.sqrt(q.shape[1])
+    return scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
 
 
 q, k, v = torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(6))
@@ -425,9 +450,10 @@ print("equal, with 4 keys at a time")
 
 # %% [markdown]
 # The backward pass would need the weights again. Instead of storing them, it computes each block
-# anew from q, k and the one number per query that `blockwise` kept. That is an `autograd.Function`
-# with its own backward. The weights are $p = e^{s - \mathrm{lse}}$, and the gradient of the scores
-# is $p \, (\partial p - \sum p \, \partial p)$, whose sum is that of output times its gradient.
+# anew from q, k and the one number per query that `blockwise` kept. That is an
+# `autograd.Function` with its own backward. The weights are $p = e^{s - \mathrm{lse}}$, and the
+# gradient of the scores is $p \, (\partial p - \sum p \, \partial p)$, whose sum is that of
+# output times its gradient.
 
 
 # %%
@@ -445,19 +471,32 @@ class BlockwiseAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         inner = (out * grad_out).sum(1, keepdim=True)
         for start in range(0, len(q), ctx.block):
-            here = slice(start, start + ctx.block)
-            weights = (masked_scores(q, k, start, ctx.block) - log_sum).exp()
-            grad_v[here] = weights.T @ grad_out
-            grad_scores = weights * (grad_out @ v[here].T - inner) / math.sqrt(q.shape[1])
-            grad_q += grad_scores @ k[here]
-            grad_k[here] = grad_scores.T @ q
+            keys, queries = slice(start, start + ctx.block), slice(start, None)
+            weights = (visible_scores(q[queries], k[keys]) - log_sum[queries]).exp()
+            grad_v[keys] = weights.T @ grad_out[queries]
+            grad_weights = grad_out[queries] @ v[keys].T
+            grad_scores = weights * (grad_weights - inner[queries]) / math.sqrt(q.shape[1])
+            grad_q[queries] += grad_scores @ k[keys]
+            grad_k[keys] = grad_scores.T @ q[queries]
         return grad_q, grad_k, grad_v, None
 
 
+# %% [markdown]
+# Two witnesses, in double precision: finite differences, and PyTorch's own fused kernel, which
+# the package calls.
+
+# %%
 generator = torch.Generator().manual_seed(7)
 q, k, v = torch.randn(3, 10, 4, generator=generator, dtype=torch.float64).requires_grad_().unbind()
 assert torch.autograd.gradcheck(lambda *x: BlockwiseAttention.apply(*x, 4), (q, k, v))
-print("the gradients are those of finite differences")
+
+ours, fused = BlockwiseAttention.apply(q, k, v, 4), attend(*(x[None, None] for x in (q, k, v)))
+torch.testing.assert_close(ours, fused[0, 0])
+for one, other in zip(
+    *(torch.autograd.grad(o.pow(2).sum(), (q, k, v)) for o in (ours, fused)), strict=True
+):
+    torch.testing.assert_close(one, other)
+print("the output and all three gradients agree with both")
 
 # %% [markdown]
 # What has to be held at once, in numbers per head: the square grows with the text, the block does
@@ -478,9 +517,9 @@ print(f"{4096**2 / 1e6:.1f} million against {4096 * 128 / 1e6:.1f} million")
 # %% [markdown]
 # ## What breaks without it
 #
-# A mask that is off by one lets each token see the next, which is the very answer. In training the
-# loss would fall to nothing, and the model would be of no use. The trained toy does not expect to
-# see the future, so to it the extra token is noise: its loss goes up.
+# A mask that is off by one lets each token see the next, which is the very answer. In training
+# the loss would fall to nothing, and the model would be of no use. The trained toy does not
+# expect to see the future, so to it the extra token is noise: its loss goes up.
 
 # %%
 from minillama.training import next_token_loss
@@ -523,8 +562,8 @@ assert torch.equal(visible_after(5, 4), cache.visible(4)[0, 0])
 print("exercise 1: correct")
 
 # %% [markdown]
-# **2. How long a context fits?** Given a config and the bytes that are free for the cache, say how
-# many whole tokens it can hold, at 2 bytes a number.
+# **2. How long a context fits?** Given a config and the bytes that are free for the cache, say
+# how many whole tokens it can hold, at 2 bytes a number.
 
 
 # %% tags=["exercise-2"]
@@ -560,6 +599,30 @@ wk = torch.randn(8, 3, generator=torch.Generator().manual_seed(8))
 assert torch.equal(pool_heads(wk, 4, 4), wk)
 torch.testing.assert_close(pool_heads(wk, 4, 1), (wk[:2] + wk[2:4] + wk[4:6] + wk[6:]) / 4)
 print("exercise 3: correct")
+
+# %% [markdown]
+# **4. Two halves of the past.** Two machines hold one half of the keys and values each. Both
+# attend with the same query and report what they found: the mixed values `out`, and `log_sum`,
+# the logarithm of the sum of $e^{\text{score}}$ over their keys. Put the reports together, so
+# that the result is that of one machine with all keys.
+
+
+# %% tags=["exercise-4"]
+def merge(out_a, log_sum_a, out_b, log_sum_b):  # each (head_dim,) and () -> (head_dim,)
+    raise NotImplementedError("exercise 4: yours to write")
+
+
+# %% tags=["check-4", "raises-exception"]
+generator = torch.Generator().manual_seed(9)
+for size in (1, 30):  # with scores of this size, e^score must not overflow
+    scores, v = size * torch.randn(12, generator=generator), torch.randn(12, 4, generator=generator)
+    scores[3] += 80 * (size > 1)
+    reports = [
+        (scores[part].softmax(0) @ v[part], scores[part].logsumexp(0))
+        for part in (slice(0, 5), slice(5, 12))
+    ]
+    torch.testing.assert_close(merge(*reports[0], *reports[1]), scores.softmax(0) @ v)
+print("exercise 4: correct")
 
 # %% [markdown]
 # ## Where it lives
