@@ -446,10 +446,10 @@ def mean_loss(model, tok):
     return sum(loss_per_letter(model, tok, story) for story in new_stories[:20]) / 20
 
 
-ids = torch.tensor([tok.encode(new_stories[0], bos=True)])
+ids = torch.tensor([tok.encode(puzzle, bos=True)])
 with torch.no_grad():
-    expected = next_token_loss(model(ids[:, :-1]), ids[:, 1:]) / len(new_stories[0])
-assert abs(loss_per_letter(model, tok, new_stories[0]) - expected) < 1e-4
+    expected = next_token_loss(model(ids[:, :-1]), ids[:, 1:]) / len(puzzle)
+assert abs(loss_per_letter(model, tok, puzzle) - expected) < 1e-4
 assert mean_loss(toy, toy_tok) < mean_loss(model, tok)
 print("exercise 3: correct")
 

@@ -137,7 +137,7 @@ assert cosines["sum"] < 0.8
 # overwritten.
 
 # %%
-fig, ax = plt.subplots(figsize=(5.4, 3.4))
+fig, ax = plt.subplots(figsize=(5.4, 3))
 arrow = {"arrowstyle": "-|>"}
 ax.annotate("", (0, 9.2), (0, 0), arrowprops=arrow | {"lw": 3, "color": "C0"})
 ax.text(-0.35, 4.6, "the stream: dim numbers per token", rotation=90, ha="center", va="center")
