@@ -185,7 +185,7 @@ PRESETS: dict[str, LlamaConfig] = {
 class TrainingConfig:
     """How a model is trained: the papers' values, at the toy's sizes."""
 
-    # Source: Touvron et al. 2023a, sec. 2.2, and 2023b, sec. 2.2 (AdamW's eps).
+    # Source: Touvron et al. 2023a, sec. 2.3, and 2023b, sec. 2.2 (AdamW's eps).
     # Built in notebooks/08_pretraining.ipynb.
     steps: int = 2200  # optimiser steps
     batch_size: int = 8  # rows in one micro-batch

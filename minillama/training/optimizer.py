@@ -13,7 +13,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
     say what is decayed; we follow the usual choice: matrices yes, the norms' weights no, because
     pulling those towards zero would only rescale the stream.
 
-    Source: Touvron et al. 2023a, sec. 2.2, and 2023b, sec. 2.2; Loshchilov & Hutter 2017
+    Source: Touvron et al. 2023a, sec. 2.3, and 2023b, sec. 2.2; Loshchilov & Hutter 2017
     (arXiv:1711.05101). Built in notebooks/08_pretraining.ipynb.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
