@@ -186,7 +186,7 @@ class TrainingConfig:
     """How a model is trained: the papers' values, at the toy's sizes."""
 
     # Source: Touvron et al. 2023a, sec. 2.3, and 2023b, sec. 2.2 (AdamW's eps).
-    # Built in notebooks/08_pretraining.ipynb.
+    # Shown in notebooks/00_tour.ipynb.
     steps: int = 2200  # optimiser steps
     batch_size: int = 8  # rows in one micro-batch
     accumulation: int = 1  # micro-batches in one step; the update equals that of one big batch
@@ -229,7 +229,7 @@ class TrainingConfig:
 class Sampling:
     """How the next token is drawn from the model's distribution."""
 
-    # Built in notebooks/09_generation.ipynb.
+    # Shown in notebooks/00_tour.ipynb.
     temperature: float = 0.0  # 0 takes the likeliest token, 1 the model's own distribution
     top_k: int | None = None  # keep only this many of the likeliest tokens
     top_p: float | None = None  # keep only the likeliest tokens of together this probability

@@ -41,3 +41,9 @@ def test_every_make_target_that_is_named_exists():
         named = re.findall(r"`make ([a-z]+)", (ROOT / page).read_text())
         assert named
         assert set(named) <= set(targets)
+
+
+def test_every_notebook_that_the_package_names_exists():
+    for module in (ROOT / "minillama").rglob("*.py"):
+        for name in re.findall(r"notebooks/\w+\.ipynb", module.read_text()):
+            assert (ROOT / name).exists(), f"{module} names {name}"

@@ -36,7 +36,7 @@ def load(
     converts the weights; None leaves them as stored.
 
     Raises FileNotFoundError, or CheckpointError (a ValueError) that names the file, if something is
-    missing, damaged, or does not fit together. Built in notebooks/16_real_weights.ipynb.
+    missing, damaged, or does not fit together. Shown in notebooks/00_tour.ipynb.
     """
     path = Path(path)
     config, weights = _read(path)

@@ -40,7 +40,7 @@ def pack(
     is dropped.
 
     Raises ValueError if the stream is shorter than one row, or holds ids outside the vocabulary.
-    Source: Touvron et al. 2023a, sec. 2. Built in notebooks/08_pretraining.ipynb.
+    Source: Touvron et al. 2023a, sec. 2. Shown in notebooks/00_tour.ipynb.
     """
     stream = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
     n_rows = (len(stream) - 1) // seq_len

@@ -12,7 +12,7 @@ say a word again soon after its first mention ("lived Mia. Mia had a red, red ki
 Small models learn to copy over a distance of three tokens first, and over a whole story only then;
 without these echoes they stay for a long time at guessing names at random.
 
-Built in notebooks/07_data.ipynb.
+Shown in notebooks/00_tour.ipynb.
 """
 
 import argparse

@@ -48,7 +48,7 @@ def generate(
     the model's context is full.
 
     Raises ValueError for a prompt that leaves no room in the context, for a tokenizer of another
-    model, and for settings that mean nothing. Built in notebooks/09_generation.ipynb.
+    model, and for settings that mean nothing. Shown in notebooks/00_tour.ipynb.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)

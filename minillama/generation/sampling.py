@@ -23,7 +23,7 @@ def sample(logits: Float[Tensor, " vocab"], sampling: Sampling, generator: torch
 def keep_top_k(logits: Float[Tensor, "*batch vocab"], top_k: int) -> Float[Tensor, "*batch vocab"]:
     """Keep the `top_k` likeliest tokens; -inf for the rest.
 
-    Source: Fan et al. 2018, sec. 5.4 (arXiv:1805.04833). Built in notebooks/09_generation.ipynb.
+    Source: Fan et al. 2018, sec. 5.4 (arXiv:1805.04833). Shown in notebooks/00_tour.ipynb.
     """
     chosen = logits.topk(min(top_k, logits.shape[-1])).indices
     return torch.full_like(logits, -torch.inf).scatter(-1, chosen, logits.gather(-1, chosen))
@@ -37,8 +37,8 @@ def keep_top_p(
     A token goes if those before it already have more than `top_p`; so the likeliest always stays,
     and top_p = 0 is greedy decoding.
 
-    Source: Holtzman et al. 2020, sec. 3.1 (arXiv:1904.09751). Built in
-    notebooks/09_generation.ipynb.
+    Source: Holtzman et al. 2020, sec. 3.1 (arXiv:1904.09751). Shown in
+    notebooks/00_tour.ipynb.
     """
     sorted_logits, order = logits.sort(descending=True, stable=True)
     probabilities = sorted_logits.softmax(-1)

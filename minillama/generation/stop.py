@@ -12,7 +12,7 @@ class StopFilter:
     longest, if several are completed at once).
 
     Raises ValueError for an empty stop string: it would stop before the first token.
-    Built in notebooks/09_generation.ipynb.
+    Shown in notebooks/00_tour.ipynb.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ def train(
     """`config.steps` optimiser steps, one per iteration, each on `accumulation` micro-batches.
 
     Raises ValueError if the batches run out, or training diverges.
-    Source: Touvron et al. 2023a, sec. 2.3. Built in notebooks/08_pretraining.ipynb.
+    Source: Touvron et al. 2023a, sec. 2.3. Shown in notebooks/00_tour.ipynb.
     """
     device = model.tok_embeddings.weight.device
     source = iter(batches)

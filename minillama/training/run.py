@@ -34,7 +34,7 @@ class PretrainingRun:
     a tokenizer of another size, a folder that cannot be written. Two runs with equal arguments
     write equal bytes (on one machine).
 
-    Raises ValueError or OSError. Built in notebooks/08_pretraining.ipynb.
+    Raises ValueError or OSError. Shown in notebooks/00_tour.ipynb.
     """
 
     def __init__(
