@@ -480,7 +480,6 @@ def halves(w1, w2, w3):
 
 
 # %% tags=["check-3", "raises-exception"]
-whole = [layer.weight.detach() for layer in (multiply.w1, multiply.w2, multiply.w3)]
 generator = torch.Generator().manual_seed(3)
 whole = [torch.randn(shape, generator=generator) for shape in ((32, 12), (12, 32), (32, 12))]
 x = torch.randn(12, generator=generator)
