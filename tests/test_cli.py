@@ -403,14 +403,22 @@ def interrupted(process: subprocess.Popen, line_start: str) -> str:
         if line.startswith(line_start):
             break
     process.send_signal(signal.SIGINT)
-    return process.communicate(timeout=60)[1]
+    try:
+        return process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_ends_pretraining_without_a_traceback(book, tmp_path):
     flags = ["--text", book, "--out", tmp_path / "run", *QUICK, "--steps", "1000000"]
     process = subprocess.Popen(
-        minillama("pretrain", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        minillama("pretrain", *flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     error = interrupted(process, "step      1 ")
     assert process.returncode == 130
