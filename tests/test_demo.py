@@ -43,6 +43,7 @@ def test_a_short_rebuild_follows_the_toys_loss_curve(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it trains for minutes, more on a busy machine
 def test_of_100_stories_at_least_90_are_consistent_and_none_is_copied(tmp_path):
     output = demo(tmp_path / "run")
     print(output)
