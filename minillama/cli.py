@@ -3,6 +3,7 @@
 Only the command that runs imports torch, so that --help answers at once.
 """
 
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -224,6 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         command.run()
     except BrokenPipeError:  # whoever read the text has left, as `| head` does
+        # Python writes what is left on its way out: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
         print(f"minillama: {error}", file=sys.stderr)
