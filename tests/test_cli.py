@@ -405,7 +405,7 @@ def interrupted(process: subprocess.Popen, line_start: str) -> str:
             break
     process.send_signal(signal.SIGINT)
     try:
-        return process.communicate(timeout=60)[1]
+        return process.communicate(timeout=300)[1]
     finally:
         process.kill()
 
