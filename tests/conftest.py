@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 # is_pep484_tower: an int is a float, as everywhere in Python.
 _CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook("minillama", _CHECKER)
+# Small matrices gain nothing from a second thread, and on a busy machine lose a lot.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
