@@ -9,7 +9,8 @@ from minillama.config import TrainingConfig
 from minillama.data.packing import Batch
 from minillama.model import Llama
 from minillama.training.schedule import learning_rate
-from minillama.training.step import StepStats, next_token_loss, train_step
+from minillama.training.loss import batch_loss
+from minillama.training.step import StepStats, train_step
 
 
 def train(
@@ -47,7 +48,7 @@ def evaluate(model: Llama, batches: Iterable[Batch]) -> float:
     total, n_targets = 0.0, 0
     for batch in batches:
         batch = batch.to(device)
-        total += next_token_loss(model(batch.tokens), batch.targets).item()
+        total += batch_loss(model, batch).item()
         n_targets += batch.n_targets
     if n_targets == 0:
         raise ValueError(

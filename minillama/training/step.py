@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from minillama.data.packing import IGNORE, Batch
+from minillama.training.loss import batch_loss
 
 
 @dataclass(frozen=True)
@@ -23,22 +21,6 @@ class StepStats:
     grad_norm: float  # before clipping
     learning_rate: float
     n_targets: int
-
-
-def next_token_loss(
-    logits: Float[Tensor, "batch seq vocab"], targets: Int[Tensor, "batch seq"]
-) -> Float[Tensor, ""]:
-    """-log p(target), *summed* over the targets that are not IGNORE, in nats.
-
-    A sum, so that micro-batches add up: the mean of their means would weigh a target by how few
-    others its micro-batch has.
-    """
-    return cross_entropy(
-        rearrange(logits, "batch seq vocab -> (batch seq) vocab"),
-        rearrange(targets, "batch seq -> (batch seq)"),
-        ignore_index=IGNORE,
-        reduction="sum",
-    )
 
 
 def train_step(
@@ -61,7 +43,7 @@ def train_step(
         )
     total = torch.zeros((), device=micro_batches[0].tokens.device)
     for batch in micro_batches:
-        loss = next_token_loss(model(batch.tokens), batch.targets) / n_targets
+        loss = batch_loss(model, batch) / n_targets
         loss.backward()
         total += loss.detach()
     grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm)

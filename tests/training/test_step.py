@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from minillama.config import TrainingConfig
 from minillama.data.packing import IGNORE, Batch
 from minillama.model import Llama
-from minillama.training import make_optimizer, next_token_loss, train_step
+from minillama.training import make_optimizer, train_step
 
 CONFIG = small_config(n_layers=1, vocab_size=20)
 
@@ -41,20 +41,6 @@ class Gradient(nn.Module):
 
     def forward(self, tokens):
         return self.weights.expand(*tokens.shape, 2)
-
-
-# --- The loss ------------------------------------------------------------------------------------
-
-
-def test_the_loss_by_hand():  # -log(3/4) and -log(1/4), the third is ignored
-    logits = torch.tensor([[[math.log(3), 0.0]] * 3])
-    loss = next_token_loss(logits, torch.tensor([[0, 1, IGNORE]]))
-    assert_close(loss, torch.tensor(-math.log(3 / 4) - math.log(1 / 4)))
-
-
-def test_a_uniform_guess_costs_log_vocab_per_target():
-    loss = next_token_loss(torch.zeros(2, 5, 32), torch.zeros(2, 5, dtype=torch.long))
-    assert_close(loss, torch.tensor(10 * math.log(32)))
 
 
 # --- The step ------------------------------------------------------------------------------------
