@@ -112,8 +112,7 @@ def peer(name: str, llama):  # type: ignore[no-untyped-def]
         )
         weights = to_huggingface(llama.state_dict(), config)
         weights.pop("lm_head.weight", None)
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+        model.load_state_dict(weights, strict=False)
         model.tie_weights()
         return model
     from litgpt import GPT, Config

@@ -8,8 +8,8 @@ import torch
 from minillama.config import TrainingConfig
 from minillama.data.packing import Batch
 from minillama.model import Llama
-from minillama.training.schedule import learning_rate
 from minillama.training.loss import batch_loss
+from minillama.training.schedule import learning_rate
 from minillama.training.step import StepStats, train_step
 
 

@@ -90,7 +90,7 @@ class _FusedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Float[Tensor, ""]):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Float[Tensor, ""]):  # type: ignore[no-untyped-def]
         hidden_grad, weight_grad = ctx.saved_tensors
         # In place: a second copy of the vocabulary's gradient is what this class is there to avoid.
         return hidden_grad.mul_(grad), weight_grad.mul_(grad), None, None
