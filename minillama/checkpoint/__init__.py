@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minillama.checkpoint.folder import CheckpointError, interrupted_save
 from minillama.checkpoint.llama2c import load_llama2c, load_tokenizer_bin
 from minillama.checkpoint.native import (
     TOKENIZER,
-    CheckpointError,
     check_vocabulary,
-    interrupted_save,
     load_native,
     model_from,
     save_native,

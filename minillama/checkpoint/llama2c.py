@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillama.checkpoint.native import CheckpointError, parameter_shapes
+from minillama.checkpoint.folder import CheckpointError
+from minillama.checkpoint.native import parameter_shapes
 from minillama.config import LlamaConfig
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.vocabulary import (

@@ -6,12 +6,8 @@ tokenizer.model    SentencePiece's file
 SHA256SUMS         of the three; `sha256sum -c SHA256SUMS` reads it too
 """
 
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,21 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minillama.checkpoint.folder import SUMS, CheckpointError, replacing, verify_sums
 from minillama.config import LlamaConfig
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
-PARAMS, WEIGHTS, TOKENIZER, SUMS = FILES = (
-    "params.json",
-    "model.safetensors",
-    "tokenizer.model",
-    "SHA256SUMS",
-)
-SUMMED = (PARAMS, WEIGHTS, TOKENIZER)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or must not be overwritten; the text names the file."""
+PARAMS, WEIGHTS, TOKENIZER = SUMMED = ("params.json", "model.safetensors", "tokenizer.model")
+FILES = (*SUMMED, SUMS)
 
 
 def save_native(folder: str | os.PathLike[str], model: Llama, tokenizer: Tokenizer) -> None:
@@ -46,7 +34,7 @@ def save_native(folder: str | os.PathLike[str], model: Llama, tokenizer: Tokeniz
     folder = Path(folder)
     check_replaceable(folder)
     check_vocabulary(model.config, tokenizer)
-    with _replacing(folder) as new:
+    with replacing(folder) as new:
         weights = model.state_dict()
         if model.config.tie_embeddings:
             del weights["output.weight"]  # it is tok_embeddings.weight
@@ -61,8 +49,6 @@ def save_native(folder: str | os.PathLike[str], model: Llama, tokenizer: Tokeniz
         (new / WEIGHTS).chmod(0o644)  # safetensors makes it for the owner alone
         (new / PARAMS).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
         (new / TOKENIZER).write_bytes(tokenizer.to_proto())
-        sums = [f"{_sha256(new / name)}  {name}\n" for name in SUMMED]
-        (new / SUMS).write_text("".join(sums))
 
 
 def load_native(folder: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, Tensor]]:
@@ -78,7 +64,7 @@ def load_native(folder: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, 
         raise CheckpointError(
             f"{folder} is no checkpoint of minillama: {', '.join(missing)} missing{hint}."
         )
-    _verify(folder)
+    verify_sums(folder, SUMMED)
     try:
         config = LlamaConfig.from_dict(json.loads((folder / PARAMS).read_text()))
     except ValueError as error:
@@ -156,68 +142,3 @@ def _empty_model(config: LlamaConfig) -> Llama:
     """A model whose parameters have shapes and no memory."""
     with torch.device("meta"):
         return Llama(config)
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to fill; at the end it takes the place of `folder`, or nothing has changed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    try:
-        new.mkdir()
-        yield new
-        for path in (*new.iterdir(), new):
-            _flush(path)
-        try:
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        except BaseException:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            raise
-        _flush(folder.parent)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the system write a file or a folder's list of names to the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle for folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _verify(folder: Path) -> None:
-    lines = (folder / SUMS).read_text(errors="replace").removesuffix("\n").split("\n")
-    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if set(expected) != set(SUMMED):
-        raise CheckpointError(
-            f"{folder / SUMS} is damaged: it has the sums of {sorted(expected)}, but needs those "
-            f"of {sorted(SUMMED)}. Copy the checkpoint again."
-        )
-    for name in SUMMED:
-        if _sha256(folder / name) != expected[name]:
-            raise CheckpointError(
-                f"{folder / name} is damaged or was changed: its SHA-256 is not the one in {SUMS}. "
-                f"Copy the checkpoint again. If you changed it on purpose: sha256sum "
-                f"{' '.join(SUMMED)} > {SUMS}"
-            )
-
-
-def interrupted_save(folder: Path) -> Path | None:
-    """The earlier checkpoint of `folder`, if the process died while it was being replaced."""
-    hidden = folder.parent.glob(".*")
-    return next((path for path in hidden if path.name.startswith(f".{folder.name}.old-")), None)

@@ -17,6 +17,7 @@ from small import small_config, small_llama, small_tokenizer
 
 from minillama import load, save
 from minillama.checkpoint import CheckpointError, load_config, native
+from minillama.checkpoint.folder import verify_sums
 from minillama.checkpoint.native import FILES, PARAMS, SUMMED, SUMS, TOKENIZER, WEIGHTS
 from minillama.model import Llama
 
@@ -171,7 +172,7 @@ def test_every_byte_of_the_sums_counts(whole, bit):
             damaged[position] ^= 1 << bit
             (whole / SUMS).write_bytes(damaged)
             with pytest.raises(CheckpointError, match=SUMS):
-                native._verify(whole)
+                verify_sums(whole, native.SUMMED)
     finally:
         (whole / SUMS).write_bytes(data)
 
@@ -515,3 +516,5 @@ print(died, hints)
     died, hints = map(int, run.stdout.split())
     assert died >= 12
     assert hints == 1  # between the two renames
+    # What the dead left lying beside it, the save after them has removed.
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
