@@ -6,8 +6,8 @@ starting torch. Every size is final: nothing is derived later, nothing is None.
 
 import difflib
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
 
 
 def swiglu_hidden_dim(dim: int, multiple_of: int = 256, multiplier: float = 1.0) -> int:
@@ -108,6 +108,31 @@ class LlamaConfig:
         return asdict(self)
 
 
+Config = TypeVar("Config")
+
+
+def override(config: Config, values: Any, where: str) -> Config:
+    """A dataclass with some fields replaced by those of a table, as TOML or JSON gives it.
+
+    Raises ValueError, naming `where` and the key, for a key that is no field or a value of another
+    kind than the field's.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {values!r}, but must be a table of settings.")
+    changes = {}
+    for key, value in values.items():
+        try:
+            now = getattr(config, known_name("setting", key, [f.name for f in fields(config)]))  # type: ignore[arg-type]
+            if isinstance(now, float) and type(value) is int:
+                value = float(value)
+            if type(value) is not type(now):
+                raise ValueError(f"{key} is {value!r}, but must be {type(now).__name__}.")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        changes[key] = value
+    return replace(config, **changes)  # type: ignore[type-var]
+
+
 def known_name(kind: str, name: str, names: Any) -> str:
     """`name` if it is one of `names`; otherwise a ValueError that suggests the nearest."""
     if name in names:
@@ -181,6 +206,10 @@ PRESETS: dict[str, LlamaConfig] = {
 }
 
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+CHECKPOINTING = ("none", "full", "selective")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How a model is trained: the papers' values, at the toy's sizes."""
@@ -188,7 +217,7 @@ class TrainingConfig:
     # Source: Touvron et al. 2023a, sec. 2.3, and 2023b, sec. 2.2 (AdamW's eps).
     # Shown in notebooks/00_tour.ipynb.
     steps: int = 2200  # optimiser steps
-    batch_size: int = 8  # rows in one micro-batch
+    batch_size: int = 8  # rows in one micro-batch, over all processes
     accumulation: int = 1  # micro-batches in one step; the update equals that of one big batch
     seq_len: int = 256  # tokens in a row
     learning_rate: float = 3e-3  # the peak; the papers' 3e-4 is for 7B, small models take more
@@ -201,6 +230,9 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     init_std: float = 0.1  # of the weights: 0.02 is for widths of thousands, small models need more
     seed: int = 0  # of the weights and of the order of the rows
+    precision: str = "auto"  # of the products: float32, bfloat16; auto is bfloat16 on GPUs alone
+    checkpointing: str = "none"  # of activations: none, full, selective
+    compile: bool = False  # torch.compile each block: half a minute first, faster steps then
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "seq_len"):
@@ -219,10 +251,81 @@ class TrainingConfig:
                 f"warmup_steps ({self.warmup_steps}) must be at least 0 and less than steps "
                 f"({self.steps}): after the warm-up the cosine needs steps to fall."
             )
-        if not 0 <= self.weight_decay < math.inf or self.seed < 0:
-            raise ValueError(
-                f"weight_decay ({self.weight_decay}) and seed ({self.seed}) must not be negative."
-            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}, but must not be negative.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, but must be from 0 to 2**63 - 1.")
+        known_name("precision", self.precision, PRECISIONS)
+        known_name("kind of activation checkpointing", self.checkpointing, CHECKPOINTING)
+
+    @classmethod
+    def preset(cls, name: str) -> "TrainingConfig":
+        """How the preset of this name was, or is to be, trained. Raises ValueError if unknown."""
+        return TRAINING_PRESETS[known_name("preset", name, TRAINING_PRESETS)]
+
+
+def _papers(
+    learning_rate: float, tokens: float, seq_len: int, min_lr_ratio: float = 0.1, warmup: int = 2000
+) -> TrainingConfig:
+    """One row of the papers' tables: steps of 4M (2**22) tokens, until `tokens` are seen."""
+    return TrainingConfig(
+        steps=round(tokens / 2**22),
+        batch_size=64,  # rows of one micro-batch, over all GPUs: a row each on 64
+        accumulation=2**22 // (64 * seq_len),
+        seq_len=seq_len,
+        learning_rate=learning_rate,
+        min_lr_ratio=min_lr_ratio,
+        warmup_steps=warmup,
+        init_std=0.02,
+        precision="bfloat16",
+        checkpointing="selective",
+    )
+
+
+TRAINING_PRESETS: dict[str, TrainingConfig] = {
+    "tiny": TrainingConfig(),
+    "toy": TrainingConfig(),
+    # Ours: 131,072 tokens a step, 13 billion in all; the rate lies between the toy's and the 7B's.
+    "stories15m": TrainingConfig(
+        steps=100_000,
+        batch_size=32,
+        accumulation=16,
+        seq_len=256,
+        learning_rate=5e-4,
+        warmup_steps=1000,
+        init_std=0.02,
+    ),
+    # Touvron et al. 2023a, table 2 and sec. 2.3.
+    "llama-7b": _papers(3e-4, 1.0e12, 2048),
+    "llama-13b": _papers(3e-4, 1.0e12, 2048),
+    "llama-33b": _papers(1.5e-4, 1.4e12, 2048),
+    "llama-65b": _papers(1.5e-4, 1.4e12, 2048),
+    # Touvron et al. 2023b, table 1 and sec. 2.2.
+    "llama2-7b": _papers(3e-4, 2.0e12, 4096),
+    "llama2-13b": _papers(3e-4, 2.0e12, 4096),
+    "llama2-34b": _papers(1.5e-4, 2.0e12, 4096),
+    "llama2-70b": _papers(1.5e-4, 2.0e12, 4096),
+    # Rozière et al. 2023, sec. 2.5: the code stage, from Llama 2's weights. Not long context.
+    "codellama-7b": _papers(3e-4, 0.5e12, 4096, 1 / 30, 1000),
+    "codellama-13b": _papers(3e-4, 0.5e12, 4096, 1 / 30, 1000),
+    "codellama-34b": _papers(1.5e-4, 0.5e12, 4096, 1 / 30, 1000),
+    "codellama-70b": _papers(1.5e-4, 1.0e12, 4096, 1 / 30, 1000),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How often a pretraining run saves and measures on its way. It changes nothing in the model."""
+
+    # Shown in notebooks/08_pretraining.ipynb.
+    save_every: int = 500  # steps between two states to resume from; 0 saves none
+    keep: int = 2  # how many of these states stay
+    eval_every: int = 0  # steps between two validation losses; 0 measures at the end alone
+
+    def __post_init__(self) -> None:
+        for name, least in (("save_every", 0), ("keep", 1), ("eval_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}.")
 
 
 @dataclass(frozen=True, kw_only=True)

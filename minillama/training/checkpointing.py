@@ -10,10 +10,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from minillama.config import known_name
+from minillama.config import CHECKPOINTING, known_name
 from minillama.model import Llama
-
-KINDS = ("none", "full", "selective")
 
 
 def checkpoint_activations(model: Llama, kind: str) -> None:
@@ -30,7 +28,7 @@ def checkpoint_activations(model: Llama, kind: str) -> None:
     Source: Touvron et al. 2023a, sec. 2.4; Chen et al. 2016 (arXiv:1604.06174).
     Shown in notebooks/08_pretraining.ipynb.
     """
-    known_name("kind of activation checkpointing", kind, KINDS)
+    known_name("kind of activation checkpointing", kind, CHECKPOINTING)
     if kind == "none":
         return
     run = partial(checkpoint, use_reentrant=False)

@@ -10,7 +10,7 @@ from minillama.data.packing import Batch
 from minillama.model import Llama
 from minillama.training.loss import batch_loss
 from minillama.training.schedule import learning_rate
-from minillama.training.step import StepStats, train_step
+from minillama.training.step import StepStats, precision, train_step
 
 
 def train(
@@ -18,15 +18,19 @@ def train(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Batch],
     config: TrainingConfig,
+    start: int = 0,
 ) -> Iterator[StepStats]:
-    """`config.steps` optimiser steps, one per iteration, each on `accumulation` micro-batches.
+    """Optimiser steps `start` + 1 to `config.steps`, each on `accumulation` micro-batches.
 
-    Raises ValueError if the batches run out, or training diverges.
-    Source: Touvron et al. 2023a, sec. 2.3. Shown in notebooks/00_tour.ipynb.
+    One step per iteration. The products are computed in `config.precision`; the weights, the loss
+    and the update stay in float32.
+
+    Raises ValueError if the batches run out, or Diverged (a ValueError) if training diverges.
+    Source: Touvron et al. 2023a, sec. 2.3. Shown in notebooks/08_pretraining.ipynb.
     """
     device = model.tok_embeddings.weight.device
     source = iter(batches)
-    for step in range(1, config.steps + 1):
+    for step in range(start + 1, config.steps + 1):
         micro_batches = [batch.to(device) for batch in islice(source, config.accumulation)]
         if len(micro_batches) < config.accumulation:
             raise ValueError(
@@ -35,21 +39,23 @@ def train(
             )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        yield train_step(model, micro_batches, optimizer, config.max_grad_norm, step)
+        dtype = precision(config.precision, device)
+        yield train_step(model, micro_batches, optimizer, config.max_grad_norm, step, dtype)
 
 
 @torch.inference_mode()
-def evaluate(model: Llama, batches: Iterable[Batch]) -> float:
+def evaluate(model: Llama, batches: Iterable[Batch], dtype: torch.dtype = torch.float32) -> float:
     """The mean loss over all targets of finitely many batches, in nats per target.
 
-    Raises ValueError if there is no target.
+    `dtype` is that of the products. Raises ValueError if there is no target.
     """
     device = model.tok_embeddings.weight.device
     total, n_targets = 0.0, 0
-    for batch in batches:
-        batch = batch.to(device)
-        total += batch_loss(model, batch).item()
-        n_targets += batch.n_targets
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for batch in batches:
+            batch = batch.to(device)
+            total += batch_loss(model, batch).item()
+            n_targets += batch.n_targets
     if n_targets == 0:
         raise ValueError(
             "There is no target to evaluate on: the batches are empty, or every target is ignored."

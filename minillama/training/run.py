@@ -2,102 +2,338 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import shutil
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import log as ln
 from pathlib import Path
+from typing import Any, TextIO
 
-import numpy as np
+import tomli_w
 import torch
-from jaxtyping import UInt
 from matplotlib.figure import Figure
 
-from minillama.checkpoint import save
+from minillama.checkpoint import CheckpointError, save
 from minillama.checkpoint.native import check_replaceable, check_vocabulary
-from minillama.config import LlamaConfig, TrainingConfig
-from minillama.data.packing import as_batch, batches, pack
+from minillama.config import LlamaConfig, RunConfig, TrainingConfig
+from minillama.data.mixture import Batches
+from minillama.data.packing import as_batch, open_rows, write_tokens
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
+from minillama.training.checkpointing import checkpoint_activations
 from minillama.training.loop import evaluate, train
 from minillama.training.optimizer import make_optimizer
-from minillama.training.step import StepStats
+from minillama.training.state import (
+    keep_newest,
+    load_progress,
+    load_tensors,
+    newest_state,
+    save_state,
+    training_tensors,
+)
+from minillama.training.step import Diverged, StepStats, precision
+
+CONFIG, LOG, TOKENIZER, SIZES = "config.toml", "log.jsonl", "tokenizer.model", "sizes.json"
+HELD_OUT = "held_out"  # what no step learns from, among the sources in tokens/
+Documents = Iterable[str]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How well the model predicts the held-out text."""
+
+    loss: float  # nats per token
+    bits_per_byte: float  # of UTF-8, so that models with different tokenizers can be compared
 
 
 class PretrainingRun:
     """Pretrain a new model on documents. Iterating trains; at the end the folder is complete.
 
-        config.json    the model's and the training's settings
-        log.jsonl      a line per step, written as it happens; the last one has the validation loss
+        config.toml    all settings; with tokens/ it is what `resume` needs
+        tokens/        the documents as token ids, a file per source, and the tokenizer
+        log.jsonl      a line per step, and one per validation
+        states/        the newest states to resume from, one folder each
         loss.png       the curve
         checkpoint/    what `minillama.load` opens
 
-    Everything that can fail early does so here, before the first step: a text shorter than a row,
-    a tokenizer of another size, a folder that cannot be written. Two runs with equal arguments
-    write equal bytes (on one machine).
+    `documents` is one source, or several by name; then `shares` says in which proportions they are
+    mixed. They are read once and need not fit into memory. What can fail early fails here, before
+    the first step: a text shorter than a row, a tokenizer of another size, a folder that cannot be
+    written. Two runs with equal arguments write equal bytes (on one machine, in one process), also
+    when one of them was killed, at any moment, and resumed.
 
-    Raises ValueError or OSError. Shown in notebooks/00_tour.ipynb.
+    `origin` is kept in config.toml as its table [data]: where the text came from.
+    Raises ValueError or OSError. Shown in notebooks/08_pretraining.ipynb.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        documents: Sequence[str],
-        held_out: Sequence[str],
+        documents: Documents | Mapping[str, Documents],
+        held_out: Documents,
         tokenizer: Tokenizer,
         model_config: LlamaConfig,
         config: TrainingConfig,
         device: str | torch.device = "cpu",
+        saving: RunConfig | None = None,
+        shares: Mapping[str, float] | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
-        if config.seq_len > model_config.max_seq_len:
-            raise ValueError(
-                f"seq_len ({config.seq_len}) is longer than the model's context "
-                f"({model_config.max_seq_len} tokens). Train on rows of at most that length."
-            )
+        folder = Path(folder)
+        _check_lengths(model_config, config)
         check_vocabulary(model_config, tokenizer)
-        self.folder, self.tokenizer, self.config = Path(folder), tokenizer, config
-        check_replaceable(self.folder / "checkpoint")
-        self.rows = self._pack("text to learn from", documents)
-        self.held_out_rows = self._pack("text held out for validation", held_out)
-        generator = torch.Generator().manual_seed(config.seed)
-        self.model = Llama(model_config, generator, config.init_std).to(device)
-        self.validation_loss = float("nan")  # nats per token, when the run is over
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        settings = {"model": model_config.to_dict(), "training": asdict(config)}
-        (self.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-    def _pack(self, name: str, documents: Sequence[str]) -> UInt[np.ndarray, "rows row_len"]:
-        ids = self.tokenizer.encode_batch(documents, bos=True, eos=True)
+        check_replaceable(folder / "checkpoint")
+        if (folder / "states").exists():
+            raise FileExistsError(
+                f"{folder / 'states'} holds the states of an earlier run, which are not "
+                f"overwritten. Resume that run, or name another folder."
+            )
+        sources = documents if isinstance(documents, Mapping) else {"text": documents}
+        is_new = not folder.exists()
         try:
-            return pack(ids, self.config.seq_len, self.tokenizer.vocab_size)
-        except ValueError as error:
-            raise ValueError(f"The {name}: {error}") from None
+            _write_tokens(folder / "tokens", sources, held_out, tokenizer, config.seq_len)
+        except BaseException:
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        settings = {
+            "model": model_config.to_dict(),
+            "training": asdict(config),
+            "saving": asdict(saving or RunConfig()),
+            "shares": dict(shares or {"text": 1.0}),
+            "data": dict(origin or {}),
+        }
+        self._open(folder, settings, tokenizer, device)
+        new = folder / f".{CONFIG}.new"  # a run is there to resume once this has its name
+        new.write_text(tomli_w.dumps(settings))
+        new.replace(folder / CONFIG)
+
+    @classmethod
+    def resume(
+        cls,
+        folder: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        saving: RunConfig | None = None,
+    ) -> "PretrainingRun":
+        """Go on from the newest whole state of a run that was cut off, as if it had not been.
+
+        What the log says beyond that state is taken back; those steps are taken again, and come out
+        the same. A damaged state is named in a warning, and the one before it is used.
+
+        Raises FileNotFoundError if no run was started there, CheckpointError (a ValueError) if no
+        state is whole, ValueError if config.toml or the data were changed meanwhile.
+        """
+        folder = Path(folder)
+        settings = read_config(folder / CONFIG)
+        if saving:
+            settings["saving"] = asdict(saving)
+        run = cls.__new__(cls)
+        run._open(folder, settings, Tokenizer(folder / "tokens" / TOKENIZER), device)
+        if state := newest_state(folder / "states"):
+            progress = load_progress(state)
+            changed = _difference(progress["settings"], run._identity)
+            if changed:
+                raise ValueError(
+                    f"{state} was saved by a run with other settings: {changed}. A run is resumed "
+                    f"with the settings it was started with; restore {folder / CONFIG}, or start a "
+                    f"new run."
+                )
+            load_tensors(state, training_tensors(run.model, run.optimizer))
+            run.batches.load_state_dict(progress["batches"])
+            run.step, run._log_size = progress["step"], progress["log_size"]
+        return run
+
+    def _open(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        device: str | torch.device,
+    ) -> None:
+        """Everything that a new run and a resumed one have in common."""
+        self.folder, self.tokenizer = folder, tokenizer
+        model_config = LlamaConfig.from_dict(settings["model"])
+        self.config = TrainingConfig(**settings["training"])
+        self.saving = RunConfig(**settings["saving"])
+        self._identity = {
+            **{name: settings[name] for name in ("model", "training", "shares")},
+            "sizes": json.loads((folder / "tokens" / SIZES).read_text()),
+        }
+        self.batches = Batches(
+            {source: self._rows(source) for source in settings["shares"]},
+            settings["shares"],
+            self.config.batch_size,
+            self.config.seed,
+        )
+        self.held_out_rows = self._rows(HELD_OUT)
+
+        generator = torch.Generator().manual_seed(self.config.seed)
+        self.model = Llama(model_config, generator, self.config.init_std).to(device)
+        checkpoint_activations(self.model, self.config.checkpointing)
+        if self.config.compile:
+            for layer in self.model.layers:
+                layer.compile()
+        self.optimizer = make_optimizer(self.model, self.config)
+        self.step = 0  # steps taken
+        self._log_size = 0  # bytes of the log that belong to these steps
+
+    def _rows(self, source: str) -> Any:
+        path = self.folder / "tokens" / f"{source}.safetensors"
+        return open_rows(path, self.config.seq_len, self.tokenizer.vocab_size)
 
     def __iter__(self) -> Iterator[StepStats]:
-        optimizer = make_optimizer(self.model, self.config)
-        source = batches(self.rows, self.config.batch_size, self.config.seed)
-        losses = []
-        with (self.folder / "log.jsonl").open("w") as log:
-            for stats in train(self.model, optimizer, source, self.config):
-                losses.append(stats.loss)
-                print(json.dumps(asdict(stats)), file=log, flush=True)
-                yield stats
-            size = self.config.batch_size
-            starts = range(0, len(self.held_out_rows), size)
-            self.validation_loss = evaluate(
-                self.model, (as_batch(self.held_out_rows[i : i + size]) for i in starts)
+        path = self.folder / LOG
+        path.touch()
+        if path.stat().st_size < self._log_size:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, but had {self._log_size} when the state "
+                f"of step {self.step} was saved. Restore it, or remove states/ to start anew."
             )
-            print(json.dumps({"validation_loss": self.validation_loss}), file=log)
+        os.truncate(path, self._log_size)
+        with path.open("a") as log:
+            steps = train(self.model, self.optimizer, self.batches, self.config, self.step)
+            try:
+                for stats in steps:
+                    self.step = stats.step
+                    _log(log, asdict(stats))
+                    if self._due(self.saving.eval_every, at_the_end=True):
+                        found = self.evaluate()
+                        line = {"validation_loss": found.loss, "bits_per_byte": found.bits_per_byte}
+                        _log(log, {"step": self.step} | line)
+                    if self._due(self.saving.save_every, at_the_end=self.saving.save_every > 0):
+                        os.fsync(log.fileno())
+                        self._save_state(log.tell())
+                    yield stats
+            except Diverged as error:
+                self._post_mortem(error)
+                raise
         save(self.folder / "checkpoint", self.model, self.tokenizer)
-        plot_losses(losses, self.validation_loss).savefig(self.folder / "loss.png", dpi=100)
+        plot_losses(self.log()).savefig(self.folder / "loss.png", dpi=100)
+
+    def _due(self, every: int, at_the_end: bool) -> bool:
+        return (every > 0 and self.step % every == 0) or (
+            at_the_end and self.step == self.config.steps
+        )
+
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl so far."""
+        return [json.loads(line) for line in (self.folder / LOG).read_text().splitlines()]
+
+    def evaluate(self) -> Validation:
+        """The loss on all held-out rows, with the weights as they are now."""
+        size = self.config.batch_size
+        rows = (self.held_out_rows[i : i + size] for i in range(0, len(self.held_out_rows), size))
+        dtype = precision(self.config.precision, self.model.tok_embeddings.weight.device)
+        with torch.compiler.set_stance("force_eager"):  # one pass is not worth compiling for
+            loss = evaluate(self.model, map(as_batch, rows), dtype)
+        held_out = self._identity["sizes"][HELD_OUT]
+        return Validation(loss, loss / ln(2) * held_out["tokens"] / held_out["bytes"])
+
+    def _save_state(self, log_size: int) -> None:
+        progress = {
+            "step": self.step,
+            "batches": self.batches.state_dict(),
+            "log_size": log_size,  # bytes
+            "settings": self._identity,
+        }
+        states = self.folder / "states"
+        save_state(
+            states / f"{self.step:09}", training_tensors(self.model, self.optimizer), progress
+        )
+        keep_newest(states, self.saving.keep)
+
+    def _post_mortem(self, error: Diverged) -> None:
+        """Keep the weights and the batch that broke the run, for whoever wants to see why."""
+        tensors = training_tensors(self.model, self.optimizer)
+        for number, batch in enumerate(error.micro_batches):
+            tensors[f"batch.{number}.tokens"] = batch.tokens
+            tensors[f"batch.{number}.targets"] = batch.targets
+        folder = self.folder / "post-mortem"
+        save_state(folder, tensors, {"step": self.step + 1, "settings": self._identity})
+        error.args = (f"{error} The batch and the weights are kept in {folder}.",)
 
 
-def plot_losses(losses: Sequence[float], validation_loss: float) -> Figure:
-    """The training loss over the steps, and the validation loss at the end, in nats per token."""
+def read_config(path: Path) -> dict[str, Any]:
+    """The tables of a config.toml. Raises OSError or ValueError, naming the file."""
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no config {path}.") from None
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise ValueError(f"{path} is no TOML file: {error}") from None
+
+
+def plot_losses(log: list[dict[str, Any]]) -> Figure:
+    """Training and validation loss over the steps of a log, in nats per token."""
+    training = [(line["step"], line["loss"]) for line in log if "loss" in line]
+    validation = [(line["step"], line["validation_loss"]) for line in log if "loss" not in line]
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(range(1, len(losses) + 1), losses, linewidth=1, label="training")
-    axes.plot(len(losses), validation_loss, "o", label=f"validation: {validation_loss:.3f}")
+    axes.plot(*zip(*training, strict=True), linewidth=1, label="training")
+    axes.plot(*zip(*validation, strict=True), "o-", label=f"validation: {validation[-1][1]:.3f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def _check_lengths(model_config: LlamaConfig, config: TrainingConfig) -> None:
+    if config.seq_len > model_config.max_seq_len:
+        raise ValueError(
+            f"seq_len ({config.seq_len}) is longer than the model's context "
+            f"({model_config.max_seq_len} tokens). Train on rows of at most that length."
+        )
+
+
+def _write_tokens(
+    folder: Path,
+    sources: Mapping[str, Documents],
+    held_out: Documents,
+    tokenizer: Tokenizer,
+    seq_len: int,
+) -> None:
+    """The folder tokens/ of a run: token ids of every source, their sizes, and the tokenizer."""
+    if HELD_OUT in sources:
+        raise ValueError(f"{HELD_OUT!r} is the name of the validation text; rename this source.")
+    sizes = {}
+    for source, documents in {**sources, HELD_OUT: held_out}.items():
+        counted = _Counted(documents)
+        path = folder / f"{source}.safetensors"
+        try:
+            n_tokens = write_tokens(path, counted, tokenizer)
+            open_rows(path, seq_len, tokenizer.vocab_size, verify=False)
+        except ValueError as error:
+            what = "text held out for validation" if source == HELD_OUT else f"source {source!r}"
+            raise ValueError(f"The {what}: {error}") from None
+        sizes[source] = {"tokens": n_tokens, "bytes": counted.n_bytes}
+    tokenizer.save(folder / TOKENIZER)
+    (folder / SIZES).write_text(json.dumps(sizes, indent=2) + "\n")
+
+
+class _Counted:
+    """Documents as they are, and how many bytes of UTF-8 went through."""
+
+    def __init__(self, documents: Documents) -> None:
+        self.documents, self.n_bytes = documents, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for document in self.documents:
+            self.n_bytes += len(document.encode())
+            yield document
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], name: str = "") -> str:
+    """The first thing in which two trees of settings differ, in words; "" if nothing does."""
+    for key in sorted({*theirs, *ours}):
+        one, other, path = theirs.get(key), ours.get(key), f"{name}.{key}".lstrip(".")
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            if found := _difference(one, other, path):
+                return found
+        elif one != other:
+            return f"{path} was {one} and is {other} now"
+    return ""
+
+
+def _log(file: TextIO, line: Mapping[str, Any]) -> None:
+    print(json.dumps(line), file=file, flush=True)

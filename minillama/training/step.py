@@ -23,17 +23,29 @@ class StepStats:
     n_targets: int
 
 
+class Diverged(ValueError):
+    """The loss or a gradient was not finite; `micro_batches` are those of the step."""
+
+    def __init__(self, message: str, micro_batches: Sequence[Batch]) -> None:
+        super().__init__(message)
+        self.micro_batches = micro_batches
+
+
 def train_step(
     model: nn.Module,
     micro_batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
     step: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> StepStats:
     """Gradients of all micro-batches, one division by all their targets, clipping, one update.
 
-    The update equals that of one big batch, however it is cut.
-    Raises ValueError, before anything is updated, if no target counts or the loss is not finite.
+    The update equals that of one big batch, however it is cut. `dtype` is that of the matrix
+    products; with bfloat16 they run under autocast, and everything else stays in float32.
+
+    Raises ValueError, before anything is updated, if no target counts, and Diverged (a ValueError)
+    if the loss or the gradient is not finite.
     """
     n_targets = sum(batch.n_targets for batch in micro_batches)
     if n_targets == 0:
@@ -41,9 +53,11 @@ def train_step(
             f"Step {step} has no target: every target of its {len(micro_batches)} micro-batches is "
             f"{IGNORE} (ignored), so there is nothing to learn from. Check the masks."
         )
-    total = torch.zeros((), device=micro_batches[0].tokens.device)
+    device = micro_batches[0].tokens.device
+    total = torch.zeros((), device=device)
     for batch in micro_batches:
-        loss = batch_loss(model, batch) / n_targets
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = batch_loss(model, batch) / n_targets
         loss.backward()
         total += loss.detach()
     grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -52,11 +66,24 @@ def train_step(
     )
     if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
         optimizer.zero_grad(set_to_none=True)
-        raise ValueError(
+        raise Diverged(
             f"Step {step}: the loss is {stats.loss} and the gradient norm {stats.grad_norm}, so "
             f"training has diverged; the weights are as before this step. Lower the learning rate "
-            f"(now {stats.learning_rate:g}) or warm up longer."
+            f"(now {stats.learning_rate:g}) or warm up longer.",
+            micro_batches,
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return stats
+
+
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """The type that `TrainingConfig.precision` means on this device.
+
+    "auto" is bfloat16 on GPUs that have it and float32 elsewhere: bfloat16 has float32's range, so
+    gradients need no scaling, and most CPUs have no fast products for it.
+    """
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

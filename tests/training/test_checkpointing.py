@@ -5,9 +5,10 @@ import torch
 from small import small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minillama.config import CHECKPOINTING
 from minillama.data.packing import Batch
 from minillama.model import Llama
-from minillama.training.checkpointing import KINDS, checkpoint_activations
+from minillama.training.checkpointing import checkpoint_activations
 from minillama.training.loss import batch_loss
 
 CONFIG = small_config(n_layers=6, hidden_dim=96)
@@ -60,7 +61,7 @@ def kept_and_peak(kind: str) -> tuple[int, int]:
     return kept, memory.peak
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_no_bit_of_a_gradient_changes(kind):
     plain, model = new_model("none"), new_model(kind)
     losses = [batch_loss(m, batch()) for m in (plain, model)]
@@ -72,7 +73,9 @@ def test_no_bit_of_a_gradient_changes(kind):
 
 
 def test_each_kind_keeps_what_it_says():
-    (none, none_peak), (full, full_peak), (selective, selective_peak) = map(kept_and_peak, KINDS)
+    (none, none_peak), (full, full_peak), (selective, selective_peak) = map(
+        kept_and_peak, CHECKPOINTING
+    )
     assert none > selective > full
     assert none_peak > selective_peak > full_peak
     # A block has 4 * 64 positions; selective keeps the outputs of its seven linear layers more.
@@ -89,5 +92,5 @@ def test_names_and_logits_stay():
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="no kind of activation checkpointing 'selectiv'.* Did yo"):
+    with pytest.raises(ValueError, match=r"no kind of activation checkpointing 'selectiv'.* Did you"):
         checkpoint_activations(Llama(CONFIG), "selectiv")
