@@ -273,8 +273,8 @@ def test_the_standard_library_means_the_same_without_its_headers():
     "unit",
     ["/*", "<!--", "# ", "// ", "--", "(*", "{-", "#\n", "/* x */\n", "\n", "a", "#!", ";; "],
 )
-def test_a_megabyte_of_one_thing_takes_no_time(unit):
-    code = (unit * 1_000_000)[:1_000_000]
+def test_a_long_file_of_one_thing_takes_no_time(unit):
+    code = (unit * 200_000)[:200_000]
     start = time.process_time()
     strip_header(code), has_short_lines(code), is_alphanumeric(code), licence(code)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 1

@@ -166,11 +166,11 @@ def test_the_characters_are_those_that_an_independent_parser_finds(page):
         " ",
     ],
 )
-def test_a_megabyte_of_one_thing_takes_no_time(unit):
-    page = (unit * 1_000_000)[:1_000_000]
+def test_a_long_page_of_one_thing_takes_no_time(unit):
+    page = (unit * 200_000)[:200_000]
     start = time.process_time()
     strip_html(page)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 1
 
 
 # --- Threads -------------------------------------------------------------------------------------
