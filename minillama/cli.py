@@ -3,15 +3,27 @@
 Only the command that runs imports torch, so that --help answers at once.
 """
 
+import argparse
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from minillama.config import PRESETS, LlamaConfig, Sampling, TrainingConfig
+from minillama.config import (
+    PRESETS,
+    LlamaConfig,
+    RunConfig,
+    Sampling,
+    TrainingConfig,
+    known_name,
+    override,
+    read_toml,
+)
 
 if TYPE_CHECKING:
     from minillama.training.run import PretrainingRun
@@ -20,7 +32,8 @@ if TYPE_CHECKING:
 FLAT = tyro.conf.arg(name="")
 
 # The recipe of the demo, and of the toy checkpoint that the notebooks show.
-TOY_TRAINING = TrainingConfig()
+TOY_TRAINING = TrainingConfig.preset("toy")
+CONFIG = "config.toml"  # of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +44,7 @@ class Demo:
     checked for consistency. Example: minillama demo
     """
 
-    out: Path = Path("runs/demo")  # folder for the checkpoint, loss.png, log.jsonl and config.json
+    out: Path = Path("runs/demo")  # folder for the checkpoint, loss.png, log.jsonl and config.toml
     steps: int = TOY_TRAINING.steps  # optimiser steps
     seed: int = 0
     n_checked: int = 100  # stories to sample and check; the first three are shown
@@ -50,7 +63,10 @@ class Demo:
         training = replace(
             TOY_TRAINING, steps=self.steps, warmup_steps=warmup_steps, seed=self.seed
         )
-        run = PretrainingRun(self.out, stories, tales.corpus("valid"), tokenizer, config, training)
+        nothing = RunConfig(save_every=0)  # it takes minutes: there is nothing to resume
+        run = PretrainingRun(
+            self.out, stories, tales.corpus("valid"), tokenizer, config, training, saving=nothing
+        )
         _follow(run)
 
         report = write_tales(run.model, tokenizer, stories, self.n_checked, seed=self.seed)
@@ -93,39 +109,153 @@ class TrainTokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Pretrain a model on your own text; the last tenth of it is held out for validation.
+    """Pretrain a model on your own text; a tenth of it is held out for validation.
 
+    --preset, then --config, then the other flags: each overrides settings of the one before.
     Example: minillama pretrain --text book.txt --out runs/book --steps 2000
     """
 
-    text: tuple[Path, ...]  # UTF-8 text files; each is one document
+    text: tuple[Path, ...] = ()  # UTF-8 text files; each is one document
     by_line: bool = False  # each line of the files is a document of its own
+    mixture: Path | None = None  # instead of --text: what `minillama curate` wrote
     out: Path = Path("runs/pretrain")  # a new folder
-    preset: str = "toy"  # the model's sizes: see `minillama info`
+    resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
+    preset: str = "toy"  # the model's sizes and how they are trained: see `minillama info`
+    config: Path | None = None  # a TOML file such as a run's config.toml
+    shares: dict[str, float] = field(default_factory=dict)  # of the mixture; without it, LLaMA's
     tokenizer: Path | None = None  # a tokenizer.model; without it, one is trained on the text
-    vocab_size: int | None = None  # of the tokenizer that is trained; without it, the preset's
+    vocab_size: int | None = None  # of the tokenizer that is trained; without it, the model's
     device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
-    training: Annotated[TrainingConfig, FLAT] = field(default_factory=TrainingConfig)
+    sample_every: int = 0  # steps between two samples of text; 0 shows none
+    sample_prompt: str = ""  # what the samples continue
+    tensorboard: bool = False  # write curves to --out/tensorboard (pip install 'minillama[track]')
+    model: LlamaConfig = PRESETS["toy"]
+    training: Annotated[TrainingConfig, FLAT] = TOY_TRAINING
+    saving: Annotated[RunConfig, FLAT] = field(default_factory=RunConfig)
 
     def run(self) -> None:
+        run = self._resumed() if self.resume and (self.out / CONFIG).exists() else self._new()
+        _follow(run, self.sample_every, self.sample_prompt, self.tensorboard)
+        print(f'Try it: minillama generate --model {self.out / "checkpoint"} "Once upon a time"')
+
+    def _new(self) -> "PretrainingRun":
         from minillama.checkpoint import load_tokenizer
-        from minillama.data.corpora import hold_out, read_documents
         from minillama.tokenizer import train_tokenizer
         from minillama.training.run import PretrainingRun
 
-        config = LlamaConfig.preset(self.preset)
         _keep(self.out / "checkpoint")
-        documents, held_out = hold_out(read_documents(self.text, self.by_line))
+        sources, held_out = self._documents()
         if self.tokenizer:
             tokenizer = load_tokenizer(self.tokenizer)
         else:
-            tokenizer = train_tokenizer(documents, self.vocab_size or config.vocab_size)
-        config = replace(config, vocab_size=tokenizer.vocab_size)
-        run = PretrainingRun(
-            self.out, documents, held_out, tokenizer, config, self.training, _device(self.device)
+            documents = chain.from_iterable(sources.values())
+            tokenizer = train_tokenizer(documents, self.vocab_size or self.model.vocab_size)
+        return PretrainingRun(
+            self.out,
+            sources,
+            held_out,
+            tokenizer,
+            replace(self.model, vocab_size=tokenizer.vocab_size),
+            self.training,
+            _device(self.device),
+            self.saving,
+            self._shares(sources),
+            self._origin(),
         )
-        _follow(run)
-        print(f'Try it: minillama generate --model {self.out / "checkpoint"} "Once upon a time"')
+
+    def _resumed(self) -> "PretrainingRun":
+        from minillama.training.run import PretrainingRun
+
+        run = PretrainingRun.resume(self.out, _device(self.device), self.saving)
+        for name, wanted, started in (
+            ("model", self.model, run.model.config),
+            ("training", self.training, run.config),
+        ):
+            for key, value in asdict(started).items():
+                if getattr(wanted, key) != value:
+                    raise ValueError(
+                        f"{key} was {value} when the run in {self.out} was started, and is "
+                        f"{getattr(wanted, key)} now. A resumed run keeps its {name} settings: "
+                        f"leave the flag out, or start a new run with --out."
+                    )
+        return run
+
+    def _documents(self) -> tuple[dict[str, Iterable[str]], Iterable[str]]:
+        """What to learn from, by source, and what is held out."""
+        from minillama.data.corpora import hold_out, read_documents, read_mixture
+
+        if bool(self.text) == bool(self.mixture):
+            raise ValueError(
+                "Name what to learn from: text files with --text FILE..., or a folder of curated "
+                "sources with --mixture FOLDER (`minillama curate` makes one); one of the two."
+            )
+        if self.mixture:
+            return read_mixture(self.mixture)
+        documents, held_out = hold_out(read_documents(self.text, self.by_line))
+        return {"text": documents}, held_out
+
+    def _shares(self, sources: Iterable[str]) -> dict[str, float]:
+        """In which proportions the sources are mixed."""
+        from minillama.data.mixture import LLAMA_1
+
+        if not self.mixture:
+            return dict.fromkeys(sources, 1.0)
+        if not self.shares and {*sources} != {*LLAMA_1}:
+            raise ValueError(
+                f"{self.mixture} has the sources {', '.join(sources)}, and LLaMA's proportions are "
+                f"those of {', '.join(LLAMA_1)}. Say how yours are mixed: --shares NAME SHARE ..., "
+                f"or a table [shares] in the --config file."
+            )
+        return self.shares or {name: source.share for name, source in LLAMA_1.items()}
+
+    def _origin(self) -> dict[str, Any]:
+        """Where the text comes from, as config.toml keeps it."""
+        origin = {
+            "text": [str(path) for path in self.text],
+            "by_line": self.by_line,
+            "mixture": str(self.mixture or ""),
+            "tokenizer": str(self.tokenizer or ""),
+        }
+        return {name: value for name, value in origin.items() if value}
+
+
+def pretrain_defaults(arguments: list[str]) -> Pretrain:
+    """What the flags --preset, --config and --resume say about the defaults of all others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--out", type=Path, default=Pretrain.out)
+    parser.add_argument("--resume", action="store_true")
+    try:
+        found, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        return Pretrain()  # the whole command's parser says what is wrong
+    path = found.config
+    if found.resume and (found.out / CONFIG).exists():
+        path = found.out / CONFIG
+    tables = read_toml(path) if path else {}
+    known = ("preset", "model", "training", "saving", "shares", "data")
+    for name in tables:
+        known_name(f"table in {path}", name, known)
+    preset = found.preset or tables.get("preset", "toy")
+    origin = tables.get("data", {})
+    for name in origin:
+        known_name(
+            f"setting in [data] of {path}", name, ("text", "by_line", "mixture", "tokenizer")
+        )
+    return Pretrain(
+        text=tuple(map(Path, origin.get("text", ()))),
+        by_line=origin.get("by_line", False),
+        mixture=Path(origin["mixture"]) if "mixture" in origin else None,
+        tokenizer=Path(origin["tokenizer"]) if "tokenizer" in origin else None,
+        preset=preset,
+        model=override(LlamaConfig.preset(preset), tables.get("model", {}), f"{path} [model]"),
+        training=override(
+            TrainingConfig.preset(preset), tables.get("training", {}), f"{path} [training]"
+        ),
+        saving=override(RunConfig(), tables.get("saving", {}), f"{path} [saving]"),
+        shares=tables.get("shares", {}) if "mixture" in origin else {},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,20 +334,17 @@ class Info:
         )
 
 
-Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[TrainTokenizer, tyro.conf.subcommand("tokenizer")]
-    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
-    | Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. A mistake of the user ends it with one text and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        defaults = pretrain_defaults(arguments[1:]) if arguments[:1] == ["pretrain"] else Pretrain()
         command = tyro.cli(
-            Command,
+            Annotated[Demo, tyro.conf.subcommand("demo")]
+            | Annotated[TrainTokenizer, tyro.conf.subcommand("tokenizer")]
+            | Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=defaults)]
+            | Annotated[Generate, tyro.conf.subcommand("generate")]
+            | Annotated[Info, tyro.conf.subcommand("info")],
             prog="minillama",
             description="The executable form of the LLaMA papers.",
             args=arguments,
@@ -236,27 +363,58 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _follow(run: "PretrainingRun") -> None:
+def _follow(
+    run: "PretrainingRun", sample_every: int = 0, prompt: str = "", tensorboard: bool = False
+) -> None:
     """Train to the end, showing where it stands."""
     from tqdm import tqdm
 
+    from minillama.training.progress import Progress, curves
+
     config = run.config
-    tokens_per_step = config.batch_size * config.accumulation * config.seq_len
     print(
-        f"Model: {run.model.config.n_parameters:,} parameters. "
-        f"Data: {run.rows[:, 1:].size:,} tokens. "
-        f"Training: {config.steps:,} steps of {tokens_per_step:,} tokens."
+        f"Model: {run.model.config.n_parameters:,} parameters. Data: {run.n_tokens:,} tokens. "
+        f"Training: {config.steps:,} steps of {run.tokens_per_step:,} tokens"
+        + (f"; {run.step:,} of them were taken before." if run.step else "."),
+        flush=True,
     )
+    progress = Progress(run)
     on_terminal = sys.stderr.isatty()
-    bar = tqdm(run, total=config.steps, unit="step", disable=not on_terminal)
-    for stats in bar:
-        bar.set_postfix_str(f"loss {stats.loss:.3f}", refresh=False)
-        if not on_terminal and (stats.step % max(config.steps // 10, 1) == 0 or stats.step == 1):
-            print(f"step {stats.step:6,}  loss {stats.loss:.3f} nats per token", flush=True)
+    with (
+        curves(run.folder / "tensorboard", run.step, tensorboard) as draw,
+        tqdm(initial=run.step, total=config.steps, unit="step", disable=not on_terminal) as bar,
+    ):
+        for stats in run:
+            speed = progress.update()
+            draw(stats, speed)
+            bar.update()
+            bar.set_postfix_str(f"loss {stats.loss:.3f}, {speed}", refresh=False)
+            shown = stats.step == 1 or stats.step % max(config.steps // 10, 1) == 0
+            if not on_terminal and shown:
+                text = f"step {stats.step:6,}  loss {stats.loss:.3f} nats per token, {speed}"
+                print(text, flush=True)
+            if sample_every and stats.step % sample_every == 0:
+                bar.write(f"step {stats.step:,}: {_sample(run, prompt)}")
+    last = run.log()[-1]
     print(
-        f"Validation loss {run.validation_loss:.3f} nats per token. "
-        f"{run.folder} holds checkpoint/, loss.png, log.jsonl and config.json."
+        f"Validation loss {last['validation_loss']:.3f} nats per token, "
+        f"{last['bits_per_byte']:.3f} bits per byte. "
+        f"{run.folder} holds checkpoint/, loss.png, log.jsonl and config.toml."
     )
+
+
+def _sample(run: "PretrainingRun", prompt: str) -> str:
+    """What the model writes now, at temperature 0.8; each step with a seed of its own."""
+    import torch
+
+    from minillama.generation import generate
+
+    model, limit = run.model, run.config.seq_len // 2
+    with torch.compiler.set_stance("force_eager"):  # a text of every length would be compiled anew
+        (completion,) = generate(
+            model, run.tokenizer, [prompt], max_new_tokens=limit, temperature=0.8, seed=run.step
+        )
+    return prompt + completion.text
 
 
 def _keep(path: Path) -> None:

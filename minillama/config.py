@@ -6,7 +6,9 @@ starting torch. Every size is final: nothing is derived later, nothing is None.
 
 import difflib
 import math
+import tomllib
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 
@@ -131,6 +133,16 @@ def override(config: Config, values: Any, where: str) -> Config:
             raise ValueError(f"{where}: {error}") from None
         changes[key] = value
     return replace(config, **changes)  # type: ignore[type-var]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises OSError or ValueError, naming the file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no config {path}.") from None
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise ValueError(f"{path} is no TOML file: {error}") from None
 
 
 def known_name(kind: str, name: str, names: Any) -> str:
@@ -315,7 +327,7 @@ TRAINING_PRESETS: dict[str, TrainingConfig] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How often a pretraining run saves and measures on its way. It changes nothing in the model."""
+    """How often a pretraining run saves and measures; the model does not depend on it."""
 
     # Shown in notebooks/08_pretraining.ipynb.
     save_every: int = 500  # steps between two states to resume from; 0 saves none

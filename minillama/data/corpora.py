@@ -1,8 +1,12 @@
 """Real text: local files as documents."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+
+from minillama.data.documents import read_jsonl
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -39,6 +43,49 @@ def read_documents(paths: Iterable[str | os.PathLike[str]], by_line: bool = Fals
     if not by_line:
         return texts
     return [line for text in texts for line in text.splitlines() if line.strip()]
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """The texts of a JSON-lines file, read anew by each loop, one at a time in memory.
+
+    Every tenth document is held out for validation: `held_out` says whether these are the ones.
+    """
+
+    path: Path
+    held_out: bool = False
+
+    def __iter__(self) -> Iterator[str]:
+        for number, document in enumerate(read_jsonl(self.path)):
+            if (number % 10 == 9) == self.held_out:
+                yield document.text
+
+
+def read_mixture(
+    folder: str | os.PathLike[str],
+) -> tuple[dict[str, Iterable[str]], Iterable[str]]:
+    """The sources of a folder that `minillama curate` wrote, by name, and what is held out of all.
+
+    A source is a file NAME.jsonl. Raises OSError or ValueError if there is none.
+    """
+    paths = sorted(Path(folder).glob("*.jsonl"))
+    if not paths:
+        raise FileNotFoundError(
+            f"{folder} holds no source: no file NAME.jsonl. `minillama curate --out FOLDER` makes "
+            f"such a folder; for plain text use --text."
+        )
+    held_out = _Chain(tuple(JsonLines(path, held_out=True) for path in paths))
+    return {path.stem: JsonLines(path) for path in paths}, held_out
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Several corpora, one after the other, as often as they are asked for."""
+
+    parts: tuple[Iterable[str], ...]
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(self.parts)
 
 
 def hold_out(documents: list[str], share: float = 0.1) -> tuple[list[str], list[str]]:

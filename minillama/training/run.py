@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import log as ln
@@ -13,10 +12,11 @@ from typing import Any, TextIO
 import tomli_w
 import torch
 from matplotlib.figure import Figure
+from safetensors import safe_open
 
 from minillama.checkpoint import CheckpointError, save
 from minillama.checkpoint.native import check_replaceable, check_vocabulary
-from minillama.config import LlamaConfig, RunConfig, TrainingConfig
+from minillama.config import LlamaConfig, RunConfig, TrainingConfig, override, read_toml
 from minillama.data.mixture import Batches
 from minillama.data.packing import as_batch, open_rows, write_tokens
 from minillama.model import Llama
@@ -125,7 +125,7 @@ class PretrainingRun:
         state is whole, ValueError if config.toml or the data were changed meanwhile.
         """
         folder = Path(folder)
-        settings = read_config(folder / CONFIG)
+        settings = read_toml(folder / CONFIG)
         if saving:
             settings["saving"] = asdict(saving)
         run = cls.__new__(cls)
@@ -154,11 +154,12 @@ class PretrainingRun:
         """Everything that a new run and a resumed one have in common."""
         self.folder, self.tokenizer = folder, tokenizer
         model_config = LlamaConfig.from_dict(settings["model"])
-        self.config = TrainingConfig(**settings["training"])
-        self.saving = RunConfig(**settings["saving"])
+        where = f"{folder / CONFIG}"
+        self.config = override(TrainingConfig(), settings["training"], f"{where} [training]")
+        self.saving = override(RunConfig(), settings["saving"], f"{where} [saving]")
         self._identity = {
             **{name: settings[name] for name in ("model", "training", "shares")},
-            "sizes": json.loads((folder / "tokens" / SIZES).read_text()),
+            "tokens": json.loads((folder / "tokens" / SIZES).read_text()),
         }
         self.batches = Batches(
             {source: self._rows(source) for source in settings["shares"]},
@@ -178,9 +179,26 @@ class PretrainingRun:
         self.step = 0  # steps taken
         self._log_size = 0  # bytes of the log that belong to these steps
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens to learn from, of all sources together."""
+        sizes = self._identity["tokens"].items()
+        return sum(size["tokens"] for source, size in sizes if source != HELD_OUT)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimiser step learns from, on all processes together."""
+        return self.config.batch_size * self.config.accumulation * self.config.seq_len
+
     def _rows(self, source: str) -> Any:
         path = self.folder / "tokens" / f"{source}.safetensors"
-        return open_rows(path, self.config.seq_len, self.tokenizer.vocab_size)
+        rows = open_rows(path, self.config.seq_len, self.tokenizer.vocab_size)
+        if _digest(path) != self._identity["tokens"][source]["sha256"]:
+            raise ValueError(
+                f"{path} is whole, but not what this run was started with: its SHA-256 is not the "
+                f"one in {SIZES}. Restore the file, or start a new run."
+            )
+        return rows
 
     def __iter__(self) -> Iterator[StepStats]:
         path = self.folder / LOG
@@ -227,7 +245,7 @@ class PretrainingRun:
         dtype = precision(self.config.precision, self.model.tok_embeddings.weight.device)
         with torch.compiler.set_stance("force_eager"):  # one pass is not worth compiling for
             loss = evaluate(self.model, map(as_batch, rows), dtype)
-        held_out = self._identity["sizes"][HELD_OUT]
+        held_out = self._identity["tokens"][HELD_OUT]
         return Validation(loss, loss / ln(2) * held_out["tokens"] / held_out["bytes"])
 
     def _save_state(self, log_size: int) -> None:
@@ -252,16 +270,6 @@ class PretrainingRun:
         folder = self.folder / "post-mortem"
         save_state(folder, tensors, {"step": self.step + 1, "settings": self._identity})
         error.args = (f"{error} The batch and the weights are kept in {folder}.",)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The tables of a config.toml. Raises OSError or ValueError, naming the file."""
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no config {path}.") from None
-    except ValueError as error:  # not UTF-8, or not TOML
-        raise ValueError(f"{path} is no TOML file: {error}") from None
 
 
 def plot_losses(log: list[dict[str, Any]]) -> Figure:
@@ -306,9 +314,19 @@ def _write_tokens(
         except ValueError as error:
             what = "text held out for validation" if source == HELD_OUT else f"source {source!r}"
             raise ValueError(f"The {what}: {error}") from None
-        sizes[source] = {"tokens": n_tokens, "bytes": counted.n_bytes}
+        sizes[source] = {
+            "tokens": n_tokens,
+            "bytes": counted.n_bytes,
+            "sha256": _digest(path),
+        }
     tokenizer.save(folder / TOKENIZER)
     (folder / SIZES).write_text(json.dumps(sizes, indent=2) + "\n")
+
+
+def _digest(tokens: Path) -> str:
+    """The SHA-256 that a file of token ids states of itself."""
+    with safe_open(tokens, "np") as file:
+        return file.metadata()["sha256"]
 
 
 class _Counted:

@@ -72,7 +72,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
     saved = {
-        name: tuple(found.size)
+        name: tuple(getattr(found, "size", ()))  # everything that we save is a tensor
         for name, found in reader.read_metadata().state_dict_metadata.items()
     }
     needed = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -92,5 +92,7 @@ def test_names_and_logits_stay():
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match=r"no kind of activation checkpointing 'selectiv'.* Did you"):
+    with pytest.raises(
+        ValueError, match=r"no kind of activation checkpointing 'selectiv'.* Did you"
+    ):
         checkpoint_activations(Llama(CONFIG), "selectiv")
