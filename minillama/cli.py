@@ -334,6 +334,43 @@ class Info:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Curate:
+    """Clean raw text with the rules of LLaMA's data recipe, source by source.
+
+    RAW holds a JSON-lines file for each source: commoncrawl.jsonl, c4.jsonl, github.jsonl,
+    wikipedia.jsonl, books.jsonl, arxiv.jsonl, stackexchange.jsonl, or some of them; a line is an
+    object with a "text". Without it, the dirty raw web of the toy world is cleaned.
+    Example: minillama curate raw --reference encyclopedia.txt --out data/mixture
+    """
+
+    raw: tyro.conf.Positional[Path | None] = None  # a folder
+    out: Path = Path("runs/mixture")  # a new folder
+    reference: tuple[Path, ...] = ()  # text files, a good text a line: crawled pages should be so
+    bad_words: Path | None = None  # a file of words, one a line, that no page of c4 may have
+    language: str = "en"  # of the web pages to keep
+    workers: int = 1  # processes; the output is the same
+
+    def run(self) -> None:
+        from minillama.data.cluster import curate_folder, fit_criteria
+        from minillama.data.corpora import read_documents
+        from minillama.data.curation import toy_criteria
+
+        _keep(self.out)
+        if self.raw is None:
+            criteria = toy_criteria()
+        else:
+            reference = read_documents(self.reference, by_line=True)
+            words = read_documents([self.bad_words] if self.bad_words else [], by_line=True)
+            bad_words = [word.strip().lower() for word in words]
+            criteria = fit_criteria(self.raw, reference, bad_words, self.language)
+        print(curate_folder(self.raw, self.out, criteria, self.workers))
+        print(
+            f"{self.out} holds a .jsonl file for each source, README.md (the data card), "
+            f"report.json and waterfall.png."
+        )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. A mistake of the user ends it with one text and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -343,6 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
             Annotated[Demo, tyro.conf.subcommand("demo")]
             | Annotated[TrainTokenizer, tyro.conf.subcommand("tokenizer")]
             | Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=defaults)]
+            | Annotated[Curate, tyro.conf.subcommand("curate")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]
             | Annotated[Info, tyro.conf.subcommand("info")],
             prog="minillama",

@@ -27,6 +27,16 @@ def only(text: str, wanted: str, min_probability: float = 0.5) -> str | None:
     return text if name == wanted and probability >= min_probability else None
 
 
+def check_known(name: str) -> None:
+    """Raises ValueError for a language that cannot be told, or a misspelled one."""
+    known = _identifier().labels
+    if name not in known:
+        raise ValueError(
+            f"The language {name!r} is none that can be told apart. Known are the ISO 639 codes "
+            f"{' '.join(sorted(known))}."
+        )
+
+
 @cache
 def _identifier() -> Any:
     try:

@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 DISCOUNT = 0.75  # taken off each count: close to what unseen texts of any size and order suggest
@@ -44,8 +44,9 @@ class KneserNey:
     """
 
     order: int  # words of an n-gram: the word and order - 1 before it
-    counts: tuple[dict[Context, dict[str, int]], ...]  # by length of the context: N(cw)
-    totals: tuple[dict[Context, int], ...]  # N(c .)
+    # By length of the context: N(cw) and N(c .)
+    counts: tuple[dict[Context, dict[str, int]], ...] = field(repr=False)
+    totals: tuple[dict[Context, int], ...] = field(repr=False)
 
     @classmethod
     def train(cls, lines: Iterable[str], order: int = 3) -> "KneserNey":

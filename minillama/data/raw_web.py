@@ -7,7 +7,9 @@ document says in its meta what was planted:
     meta["keep"]        whether it should survive its source's recipe
     meta["expected"]    its text afterwards, where the recipe should change it
 
-The rules never read these; the tests do, and the notebook counts with them. What survives are tales
+The rules never read these; the tests do, and the notebook counts with them. What they do read is
+"licence" and "path" in github, "language" in wikipedia, and "title", "site" and "answers", a list
+of [score, HTML], in stackexchange, where the text is the question's HTML. What survives are tales
 again, so that a model trained on the curated mixture learns the toy world.
 
 Shown in notebooks/07_data.ipynb.
@@ -94,8 +96,9 @@ JAVASCRIPT = (
     "This page needs Javascript to show you all of its pictures.",
 )
 PLACEHOLDER = "Lorem ipsum dolor sit amet, consectetur adipiscing elit."
-CODE = 'function show() { return "The boat and the kite are here."; }'
+CODE = 'Write "{" before the first line of it and "}" behind the last.'
 BAD_WORDS = frozenset({"blasted", "dratted"})  # as bad as words get in the toy world
+SITES = frozenset({"farm", "harbour", "kitchen"})  # the largest of the toy world's Stack Exchange
 CURSE = "That {word} {thing} was not worth the walk."
 
 

@@ -1,7 +1,7 @@
 """Would an encyclopedia cite this page? A linear classifier, trained on cited and random pages."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from zlib import crc32
 
@@ -32,7 +32,7 @@ class ReferenceClassifier:
     Shown in notebooks/07_data.ipynb.
     """
 
-    weights: Float[np.ndarray, " features"]
+    weights: Float[np.ndarray, " features"] = field(repr=False)
 
     @classmethod
     def fit(cls, cited: Sequence[str], random_pages: Sequence[str]) -> "ReferenceClassifier":
