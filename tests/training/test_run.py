@@ -290,7 +290,7 @@ import sys
 from minillama.training.run import PretrainingRun
 from minillama.training.state import load_progress
 from minillama.training.step import Diverged
-print("ready", flush=True)
+print("starting", flush=True)
 for stats in PretrainingRun.resume(sys.argv[1]):
     print(stats.step, flush=True)
 """
@@ -315,14 +315,16 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, kills):
     in_save = 0
     for _ in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0, 1.0))
+        process.stdout.readline()
+        if rng.random() < 0.9:  # the others are killed while they are starting
+            process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.stdout.close()
         assert process.wait() == -signal.SIGKILL  # it had not ended by itself
         states = tmp_path / "killed" / "states"
         in_save += states.exists() and any(p.name.startswith(".") for p in states.iterdir())
-    assert in_save, "no kill has hit a save"
+    assert in_save > kills // 20, "hardly a kill has hit a save"
     for _ in PretrainingRun.resume(tmp_path / "killed"):
         pass
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
