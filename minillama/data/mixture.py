@@ -277,8 +277,8 @@ def _check_mixture(
             )
     if not abs(sum(shares.values()) - 1) <= 1e-6:
         raise ValueError(
-            f"The shares add up to {sum(shares.values()):g}, but must add up to 1: they are parts "
-            f"of one whole. Divide each by that sum."
+            f"The shares add up to {sum(shares.values()):.9g}, but must add up to 1: they are the "
+            f"parts of one whole. Divide each by that sum."
         )
 
 

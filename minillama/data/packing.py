@@ -107,7 +107,7 @@ def write_tokens(
     """
     path, n_ids, digest = Path(path), 0, hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new-{os.getpid()}")
+    new = path.with_name(f".{path.name}.new")
     try:
         with new.open("wb") as file:
             file.write(bytes(HEADER_SIZE))
