@@ -245,9 +245,10 @@ class TrainingConfig:
     precision: str = "auto"  # of the products: float32, bfloat16; auto is bfloat16 on GPUs alone
     checkpointing: str = "none"  # of activations: none, full, selective
     compile: bool = False  # torch.compile each block: half a minute first, faster steps then
+    tensor_parallel: int = 1  # processes that share every matrix; the others share rows (torchrun)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "seq_len"):
+        for name in ("steps", "batch_size", "accumulation", "seq_len", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
         for name in ("learning_rate", "eps", "max_grad_norm", "init_std"):

@@ -4,11 +4,13 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
+import torch.distributed as dist
 
 from minillama.config import TrainingConfig
 from minillama.data.packing import Batch
 from minillama.model import Llama
 from minillama.training.loss import batch_loss
+from minillama.training.parallel import add_up, reshard
 from minillama.training.schedule import learning_rate
 from minillama.training.step import StepStats, precision, train_step
 
@@ -19,11 +21,13 @@ def train(
     batches: Iterable[Batch],
     config: TrainingConfig,
     start: int = 0,
+    group: dist.ProcessGroup | None = None,
 ) -> Iterator[StepStats]:
     """Optimiser steps `start` + 1 to `config.steps`, each on `accumulation` micro-batches.
 
     One step per iteration. The products are computed in `config.precision`; the weights, the loss
-    and the update stay in float32.
+    and the update stay in float32. With many processes, `group` are those whose batches hold other
+    rows: see `train_step`.
 
     Raises ValueError if the batches run out, or Diverged (a ValueError) if training diverges.
     Source: Touvron et al. 2023a, sec. 2.3. Shown in notebooks/08_pretraining.ipynb.
@@ -37,17 +41,23 @@ def train(
                 f"The batches ended in step {step} of {config.steps}; each step takes "
                 f"{config.accumulation}. Give a source without end, or fewer steps."
             )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate(step, config)
         dtype = precision(config.precision, device)
-        yield train_step(model, micro_batches, optimizer, config.max_grad_norm, step, dtype)
+        yield train_step(model, micro_batches, optimizer, config.max_grad_norm, step, dtype, group)
 
 
 @torch.inference_mode()
-def evaluate(model: Llama, batches: Iterable[Batch], dtype: torch.dtype = torch.float32) -> float:
+def evaluate(
+    model: Llama,
+    batches: Iterable[Batch],
+    dtype: torch.dtype = torch.float32,
+    group: dist.ProcessGroup | None = None,
+) -> float:
     """The mean loss over all targets of finitely many batches, in nats per target.
 
-    `dtype` is that of the products. Raises ValueError if there is no target.
+    `dtype` is that of the products; the batches of all processes of `group` count together, of
+    which each must have equally many. Raises ValueError if there is no target.
     """
     device = model.tok_embeddings.weight.device
     total, n_targets = 0.0, 0
@@ -56,6 +66,8 @@ def evaluate(model: Llama, batches: Iterable[Batch], dtype: torch.dtype = torch.
             batch = batch.to(device)
             total += batch_loss(model, batch).item()
             n_targets += batch.n_targets
+    reshard(model)
+    total, n_targets = add_up(torch.tensor([total, n_targets], dtype=torch.float64), group).tolist()
     if n_targets == 0:
         raise ValueError(
             "There is no target to evaluate on: the batches are empty, or every target is ignored."

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from minillama.checkpoint import CheckpointError, save
-from minillama.checkpoint.native import check_replaceable, check_vocabulary
+from minillama.checkpoint.native import check_replaceable, check_vocabulary, model_from
 from minillama.config import LlamaConfig, RunConfig, TrainingConfig, override, read_toml
 from minillama.data.mixture import Batches
 from minillama.data.packing import as_batch, open_rows, write_tokens
@@ -24,6 +24,7 @@ from minillama.tokenizer import Tokenizer
 from minillama.training.checkpointing import checkpoint_activations
 from minillama.training.loop import evaluate, train
 from minillama.training.optimizer import make_optimizer
+from minillama.training.parallel import from_main, is_main, meet, shard, whole_weights
 from minillama.training.state import (
     keep_newest,
     load_progress,
@@ -60,8 +61,13 @@ class PretrainingRun:
     `documents` is one source, or several by name; then `shares` says in which proportions they are
     mixed. They are read once and need not fit into memory. What can fail early fails here, before
     the first step: a text shorter than a row, a tokenizer of another size, a folder that cannot be
-    written. Two runs with equal arguments write equal bytes (on one machine, in one process), also
-    when one of them was killed, at any moment, and resumed.
+    written, a batch that the processes cannot share equally. Two runs with equal arguments write
+    equal bytes (on one machine, in one process), also when one of them was killed, at any moment,
+    and resumed.
+
+    Under torchrun all processes make the run, with equal arguments, and iterate in step: together
+    they take the steps that one process would take (see `minillama.training.parallel`). Rank 0
+    alone writes, so machines must share the folder, but for states/, where each saves its part.
 
     `origin` is kept in config.toml as its table [data]: where the text came from.
     Raises ValueError or OSError. Shown in notebooks/08_pretraining.ipynb.
@@ -83,20 +89,9 @@ class PretrainingRun:
         folder = Path(folder)
         _check_lengths(model_config, config)
         check_vocabulary(model_config, tokenizer)
-        check_replaceable(folder / "checkpoint")
-        if (folder / "states").exists():
-            raise FileExistsError(
-                f"{folder / 'states'} holds the states of an earlier run, which are not "
-                f"overwritten. Resume that run, or name another folder."
-            )
+        self._ranks = meet(device, model_config, config)
         sources = documents if isinstance(documents, Mapping) else {"text": documents}
-        is_new = not folder.exists()
-        try:
-            _write_tokens(folder / "tokens", sources, held_out, tokenizer, config.seq_len)
-        except BaseException:
-            if is_new:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+        from_main(lambda: _begin(folder, sources, held_out, tokenizer, config.seq_len))
         settings = {
             "model": model_config.to_dict(),
             "training": asdict(config),
@@ -104,10 +99,11 @@ class PretrainingRun:
             "shares": dict(shares or {"text": 1.0}),
             "data": dict(origin or {}),
         }
-        self._open(folder, settings, tokenizer, device)
-        new = folder / f".{CONFIG}.new"  # a run is there to resume once this has its name
-        new.write_text(tomli_w.dumps(settings))
-        new.replace(folder / CONFIG)
+        self._open(folder, settings, tokenizer)
+        if is_main():
+            new = folder / f".{CONFIG}.new"  # a run is there to resume once this has its name
+            new.write_text(tomli_w.dumps(settings))
+            new.replace(folder / CONFIG)
 
     @classmethod
     def resume(
@@ -115,11 +111,15 @@ class PretrainingRun:
         folder: str | os.PathLike[str],
         device: str | torch.device = "cpu",
         saving: RunConfig | None = None,
+        tensor_parallel: int | None = None,
     ) -> "PretrainingRun":
         """Go on from the newest whole state of a run that was cut off, as if it had not been.
 
         What the log says beyond that state is taken back; those steps are taken again, and come out
         the same. A damaged state is named in a warning, and the one before it is used.
+
+        The processes may be more or fewer than before; `tensor_parallel` then says how many of them
+        share every matrix, where it is no longer as many as in config.toml.
 
         Raises FileNotFoundError if no run was started there, CheckpointError (a ValueError) if no
         state is whole, ValueError if config.toml or the data were changed meanwhile.
@@ -128,10 +128,17 @@ class PretrainingRun:
         settings = read_toml(folder / CONFIG)
         if saving:
             settings["saving"] = asdict(saving)
+        if tensor_parallel:
+            settings["training"]["tensor_parallel"] = tensor_parallel
         run = cls.__new__(cls)
-        run._open(folder, settings, Tokenizer(folder / "tokens" / TOKENIZER), device)
-        if state := newest_state(folder / "states"):
-            progress = load_progress(state)
+        run._ranks = meet(
+            device,
+            LlamaConfig.from_dict(settings["model"]),
+            override(TrainingConfig(), settings["training"], f"{folder / CONFIG} [training]"),
+        )
+        run._open(folder, settings, Tokenizer(folder / "tokens" / TOKENIZER))
+        if state := from_main(lambda: newest_state(folder / "states")):
+            progress = from_main(lambda: load_progress(state))
             changed = _difference(progress["settings"], run._identity)
             if changed:
                 raise ValueError(
@@ -149,7 +156,6 @@ class PretrainingRun:
         folder: Path,
         settings: Mapping[str, Any],
         tokenizer: Tokenizer,
-        device: str | torch.device,
     ) -> None:
         """Everything that a new run and a resumed one have in common."""
         self.folder, self.tokenizer = folder, tokenizer
@@ -158,7 +164,9 @@ class PretrainingRun:
         self.config = override(TrainingConfig(), settings["training"], f"{where} [training]")
         self.saving = override(RunConfig(), settings["saving"], f"{where} [saving]")
         self._identity = {
-            **{name: settings[name] for name in ("model", "training", "shares")},
+            **{name: settings[name] for name in ("model", "shares")},
+            # The same steps are taken, however many processes take them.
+            "training": {**settings["training"], "tensor_parallel": 1},
             "tokens": json.loads((folder / "tokens" / SIZES).read_text()),
         }
         self.batches = Batches(
@@ -166,18 +174,37 @@ class PretrainingRun:
             settings["shares"],
             self.config.batch_size,
             self.config.seed,
+            self._ranks.data_rank,
+            self._ranks.n_data,
         )
         self.held_out_rows = self._rows(HELD_OUT)
 
-        generator = torch.Generator().manual_seed(self.config.seed)
-        self.model = Llama(model_config, generator, self.config.init_std).to(device)
-        checkpoint_activations(self.model, self.config.checkpointing)
-        if self.config.compile:
-            for layer in self.model.layers:
-                layer.compile()
+        self.model = self._model(model_config)
         self.optimizer = make_optimizer(self.model, self.config)
         self.step = 0  # steps taken
         self._log_size = 0  # bytes of the log that belong to these steps
+
+    def _model(self, model_config: LlamaConfig) -> Llama:
+        def first() -> Llama:
+            generator = torch.Generator().manual_seed(self.config.seed)
+            return Llama(model_config, generator, self.config.init_std)
+
+        if self._ranks.mesh is None:
+            model = first().to(self._ranks.device)
+        else:
+            with torch.device("meta"):
+                model = Llama(model_config)
+        checkpoint_activations(model, self.config.checkpointing)
+        if self.config.compile:
+            for layer in model.layers:
+                layer.compile()
+        if self._ranks.mesh is not None:
+            shard(model, self._ranks, self._dtype, first)
+        return model
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return precision(self.config.precision, self._ranks.device)
 
     @property
     def n_tokens(self) -> int:
@@ -202,15 +229,10 @@ class PretrainingRun:
 
     def __iter__(self) -> Iterator[StepStats]:
         path = self.folder / LOG
-        path.touch()
-        if path.stat().st_size < self._log_size:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, but had {self._log_size} when the state "
-                f"of step {self.step} was saved. Restore it, or remove states/ to start anew."
-            )
-        os.truncate(path, self._log_size)
-        with path.open("a") as log:
-            steps = train(self.model, self.optimizer, self.batches, self.config, self.step)
+        from_main(lambda: _take_back(path, self._log_size, self.step))
+        with (path if is_main() else Path(os.devnull)).open("a") as log:
+            group = self._ranks.data_group
+            steps = train(self.model, self.optimizer, self.batches, self.config, self.step, group)
             try:
                 for stats in steps:
                     self.step = stats.step
@@ -220,14 +242,31 @@ class PretrainingRun:
                         line = {"validation_loss": found.loss, "bits_per_byte": found.bits_per_byte}
                         _log(log, {"step": self.step} | line)
                     if self._due(self.saving.save_every, at_the_end=self.saving.save_every > 0):
-                        os.fsync(log.fileno())
-                        self._save_state(log.tell())
+                        self._save_state(log)
                     yield stats
             except Diverged as error:
                 self._post_mortem(error)
                 raise
-        save(self.folder / "checkpoint", self.model, self.tokenizer)
+        whole = self.whole_model()
+        from_main(lambda: self._finish(whole))
+
+    def _finish(self, model: Llama) -> None:
+        save(self.folder / "checkpoint", model, self.tokenizer)
         plot_losses(self.log()).savefig(self.folder / "loss.png", dpi=100)
+
+    def whole_model(self) -> Llama:
+        """The model as one process has it, on rank 0.
+
+        With many processes it is a copy on rank 0's CPU. All must call this; on the others the
+        model that comes back has shapes and no numbers.
+        """
+        if self._ranks.mesh is None:
+            return self.model
+        weights = whole_weights(self.model)
+        if is_main():
+            return model_from(self.model.config, weights, self.folder)
+        with torch.device("meta"):
+            return Llama(self.model.config)
 
     def _due(self, every: int, at_the_end: bool) -> bool:
         return (every > 0 and self.step % every == 0) or (
@@ -241,30 +280,35 @@ class PretrainingRun:
     def evaluate(self) -> Validation:
         """The loss on all held-out rows, with the weights as they are now."""
         size = self.config.batch_size
-        rows = (self.held_out_rows[i : i + size] for i in range(0, len(self.held_out_rows), size))
-        dtype = precision(self.config.precision, self.model.tok_embeddings.weight.device)
+        batches = (
+            self._ranks.part(as_batch(self.held_out_rows[i : i + size]))
+            for i in range(0, len(self.held_out_rows), size)
+        )
         with torch.compiler.set_stance("force_eager"):  # one pass is not worth compiling for
-            loss = evaluate(self.model, map(as_batch, rows), dtype)
+            loss = evaluate(self.model, batches, self._dtype, self._ranks.data_group)
         held_out = self._identity["tokens"][HELD_OUT]
         return Validation(loss, loss / ln(2) * held_out["tokens"] / held_out["bytes"])
 
-    def _save_state(self, log_size: int) -> None:
+    def _save_state(self, log: TextIO) -> None:
+        if is_main():
+            os.fsync(log.fileno())
         progress = {
             "step": self.step,
             "batches": self.batches.state_dict(),
-            "log_size": log_size,  # bytes
+            "log_size": log.tell(),  # bytes
             "settings": self._identity,
         }
         states = self.folder / "states"
         save_state(
             states / f"{self.step:09}", training_tensors(self.model, self.optimizer), progress
         )
-        keep_newest(states, self.saving.keep)
+        if is_main():
+            keep_newest(states, self.saving.keep)
 
     def _post_mortem(self, error: Diverged) -> None:
         """Keep the weights and the batch that broke the run, for whoever wants to see why."""
         tensors = training_tensors(self.model, self.optimizer)
-        for number, batch in enumerate(error.micro_batches):
+        for number, batch in enumerate(map(self._ranks.whole, error.micro_batches)):
             tensors[f"batch.{number}.tokens"] = batch.tokens
             tensors[f"batch.{number}.targets"] = batch.targets
         folder = self.folder / "post-mortem"
@@ -292,6 +336,40 @@ def _check_lengths(model_config: LlamaConfig, config: TrainingConfig) -> None:
             f"seq_len ({config.seq_len}) is longer than the model's context "
             f"({model_config.max_seq_len} tokens). Train on rows of at most that length."
         )
+
+
+def _begin(
+    folder: Path,
+    sources: Mapping[str, Documents],
+    held_out: Documents,
+    tokenizer: Tokenizer,
+    seq_len: int,
+) -> None:
+    """Write the tokens/ of a new run, unless its folder holds something that would be lost."""
+    check_replaceable(folder / "checkpoint")
+    if (folder / "states").exists():
+        raise FileExistsError(
+            f"{folder / 'states'} holds the states of an earlier run, which are not overwritten. "
+            f"Resume that run, or name another folder."
+        )
+    is_new = not folder.exists()
+    try:
+        _write_tokens(folder / "tokens", sources, held_out, tokenizer, seq_len)
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _take_back(log: Path, size: int, step: int) -> None:
+    """Shorten a log to what it was at a step."""
+    log.touch()
+    if log.stat().st_size < size:
+        raise CheckpointError(
+            f"{log} has {log.stat().st_size} bytes, but had {size} when the state of step {step} "
+            f"was saved. Restore it, or remove states/ to start anew."
+        )
+    os.truncate(log, size)
 
 
 def _write_tokens(

@@ -8,15 +8,18 @@ SHA256SUMS         of both
 import json
 import shutil
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minillama.checkpoint.folder import CheckpointError, replacing, verify_sums
+from minillama.checkpoint.folder import CheckpointError, replacing, unfinished, verify_sums
+from minillama.training.parallel import from_main, is_main
 
 PROGRESS = "state.json"
 
@@ -39,8 +42,13 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 def save_state(folder: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
     """Write a folder that is whole or not there: `progress` is anything that JSON can hold.
 
+    Many processes call it together, and each writes a file of its own with the parts it holds.
+
     Equal states are equal bytes. Raises OSError, and changes nothing, if it cannot be written.
     """
+    if dist.is_initialized():
+        _save_together(folder, tensors, progress | {"saved_by": dist.get_world_size()})
+        return
     with replacing(folder) as new:
         file = new / "state.safetensors"
         try:
@@ -51,6 +59,24 @@ def save_state(folder: Path, tensors: dict[str, Tensor], progress: dict[str, Any
             ) from error
         file.chmod(0o644)  # safetensors makes it for the owner alone
         (new / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
+
+
+def _save_together(folder: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    with ExitStack() as stack:  # rank 0 alone makes the folder, and gives it its name
+        new = unfinished(folder)
+        from_main(lambda: stack.enter_context(replacing(folder)))
+        try:
+            writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer)
+        except dcp.api.CheckpointException as error:
+            raise OSError(
+                f"{folder} could not be written ({error}); the states before it are as they were."
+            ) from error
+        if is_main():
+            (new / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
+        from_main(stack.close)
 
 
 def load_progress(folder: Path) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from minillama.data.packing import IGNORE, Batch
 from minillama.training.loss import batch_loss
+from minillama.training.parallel import add_up
 
 
 @dataclass(frozen=True)
@@ -38,29 +40,38 @@ def train_step(
     max_grad_norm: float,
     step: int = 1,
     dtype: torch.dtype = torch.float32,
+    group: dist.ProcessGroup | None = None,
 ) -> StepStats:
     """Gradients of all micro-batches, one division by all their targets, clipping, one update.
 
     The update equals that of one big batch, however it is cut. `dtype` is that of the matrix
     products; with bfloat16 they run under autocast, and everything else stays in float32.
 
+    With many processes each gives its own rows, and `group` are those that read different ones: the
+    targets of all are counted before the division, so the update is the same again, however many
+    they are. All return equal stats.
+
     Raises ValueError, before anything is updated, if no target counts, and Diverged (a ValueError)
     if the loss or the gradient is not finite.
     """
-    n_targets = sum(batch.n_targets for batch in micro_batches)
+    device = micro_batches[0].tokens.device
+    n_own = torch.tensor(sum(batch.n_targets for batch in micro_batches), device=device)
+    n_targets = int(add_up(n_own, group))
     if n_targets == 0:
         raise ValueError(
             f"Step {step} has no target: every target of its {len(micro_batches)} micro-batches is "
             f"{IGNORE} (ignored), so there is nothing to learn from. Check the masks."
         )
-    device = micro_batches[0].tokens.device
     total = torch.zeros((), device=device)
     for batch in micro_batches:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = batch_loss(model, batch) / n_targets
         loss.backward()
         total += loss.detach()
+    total = add_up(total, group)
     grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm)
+    if group is not None:  # DTensors have one norm, of which each rank holds a term
+        grad_norm = grad_norm.full_tensor()  # type: ignore[attr-defined]
     stats = StepStats(
         step, total.item(), grad_norm.item(), optimizer.param_groups[0]["lr"], n_targets
     )
