@@ -6,6 +6,7 @@ Only the command that runs imports torch, so that --help answers at once.
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -374,6 +375,7 @@ class Curate:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. A mistake of the user ends it with one text and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.showwarning = _show_warning
     try:
         defaults = pretrain_defaults(arguments[1:]) if arguments[:1] == ["pretrain"] else Pretrain()
         command = tyro.cli(
@@ -401,6 +403,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _show_warning(message: Warning | str, *_where: object) -> None:
+    """A warning as the user is to read it: without the line of code that gave it."""
+    print(f"minillama: warning: {message}", file=sys.stderr)
+
+
 def _follow(
     run: "PretrainingRun", sample_every: int = 0, prompt: str = "", tensorboard: bool = False
 ) -> None:
@@ -409,19 +416,17 @@ def _follow(
 
     from minillama.training.progress import Progress, curves
 
-    config = run.config
-    print(
-        f"Model: {run.model.config.n_parameters:,} parameters. Data: {run.n_tokens:,} tokens. "
-        f"Training: {config.steps:,} steps of {run.tokens_per_step:,} tokens"
-        + (f"; {run.step:,} of them were taken before." if run.step else "."),
-        flush=True,
-    )
-    progress = Progress(run)
-    on_terminal = sys.stderr.isatty()
+    config, progress, on_terminal = run.config, Progress(run), sys.stderr.isatty()
     with (
         curves(run.folder / "tensorboard", run.step, tensorboard) as draw,
         tqdm(initial=run.step, total=config.steps, unit="step", disable=not on_terminal) as bar,
     ):
+        print(
+            f"Model: {run.model.config.n_parameters:,} parameters. Data: {run.n_tokens:,} tokens. "
+            f"Training: {config.steps:,} steps of {run.tokens_per_step:,} tokens"
+            + (f"; {run.step:,} of them were taken before." if run.step else "."),
+            flush=True,
+        )
         for stats in run:
             speed = progress.update()
             draw(stats, speed)

@@ -1,8 +1,12 @@
+import json
 import os
 import signal
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 from small import STORIES
@@ -10,11 +14,15 @@ from small import STORIES
 from minillama.checkpoint import load
 from minillama.cli import main
 from minillama.config import PRESETS
+from minillama.data.mixture import LLAMA_1
 from minillama.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--steps", "3", "--warmup-steps", "1", "--batch-size", "2", "--seq-len", "16"]
 QUICK += ["--preset", "tiny", "--vocab-size", "300", "--device", "cpu"]
+
+
+COMMANDS = ("demo", "tokenizer", "pretrain", "generate", "info", "curate", "plan")
 
 
 def minillama(*arguments: object) -> list[str]:
@@ -72,11 +80,11 @@ def test_torch_is_not_imported_where_it_is_not_needed(arguments):
 def test_help_names_every_command():
     done = run(*minillama("--help"))
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("demo", "tokenizer", "pretrain", "generate", "info"):
+    for command in COMMANDS:
         assert f" {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "tokenizer", "pretrain", "generate", "info"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
@@ -106,10 +114,14 @@ def test_pretrain_writes_a_checkpoint_and_says_how_to_use_it(book, tmp_path, cap
     assert tokenizer.vocab_size == 300
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "checkpoint",
-        "config.json",
+        "config.toml",
         "log.jsonl",
         "loss.png",
+        "states",
+        "tokens",
     }
+    assert "tokens/s, MFU" in shown
+    assert "bits per byte" in shown
 
 
 def test_pretrain_with_a_tokenizer_that_is_there(book, tmp_path, checkpoint):
@@ -118,6 +130,202 @@ def test_pretrain_with_a_tokenizer_that_is_there(book, tmp_path, checkpoint):
     arguments = ["--text", str(book), "--tokenizer", str(tokenizer), "--out", str(out)]
     main(["pretrain", *arguments, "--by-line", *QUICK])
     assert (out / "checkpoint" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+
+
+# --- Presets, configs, flags ---------------------------------------------------------------------
+
+
+def settings(folder: Path) -> dict:
+    return tomllib.loads((folder / "config.toml").read_text())
+
+
+def test_a_preset_brings_the_sizes_and_the_papers_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--preset", "llama2-7b", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for shown in (
+        "--model.dim INT width of the residual stream (default: 4096)",
+        "small models take more (default: 0.0003)",
+        "(default: 476837)",
+        "--warmup-steps INT the papers: 2,000 (default: 2000)",
+    ):
+        assert shown in text
+
+
+def test_flags_override_the_config_which_overrides_the_preset(book, tmp_path):
+    (tmp_path / "my.toml").write_text(
+        "preset = 'tiny'\n[model]\nn_layers = 1\nvocab_size = 300\n"
+        "[training]\nsteps = 5\nwarmup_steps = 1\nbatch_size = 2\nseq_len = 16\nseed = 7\n"
+        f"[data]\ntext = ['{book}']\n"
+    )
+    out = tmp_path / "run"
+    flags = ["--config", tmp_path / "my.toml", "--steps", "3", "--model.hidden-dim", "64"]
+    main(["pretrain", "--out", str(out), *map(str, flags)])
+    found = settings(out)
+    assert (found["training"]["steps"], found["training"]["seed"]) == (3, 7)
+    expected = replace(PRESETS["tiny"], n_layers=1, vocab_size=300, hidden_dim=64)
+    assert found["model"] == expected.to_dict()
+    assert found["data"] == {"text": [str(book)]}
+    # What a run writes down makes the same run again.
+    again = tmp_path / "again"
+    main(["pretrain", "--config", str(out / "config.toml"), "--out", str(again)])
+    assert settings(again) == found
+    weights = Path("checkpoint") / "model.safetensors"
+    assert (again / weights).read_bytes() == (out / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[training]\nlerning_rate = 1", "[training]: There is no setting 'lerning_rate'. Did you"),
+        ("[trainin]\nsteps = 1", "'trainin'. Did you mean 'training'?"),
+        ("[training]\nsteps = '1'", "[training]: steps is '1', but must be int"),
+        ("[model]\ntie_embeddings = 1", "[model]: tie_embeddings is 1, but must be bool"),
+        ("[data]\ntxt = []", "'txt'. Did you mean 'text'?"),
+        ("training = 3", "[training] is 3, but must be a table"),
+        ("preset = 'toi'", "There is no preset 'toi'"),
+        ("[training", "is no TOML file"),
+        (None, "There is no config"),
+    ],
+)
+def test_a_config_that_cannot_be(capsys, book, tmp_path, toml, message):
+    path = tmp_path / "my.toml"
+    if toml is not None:
+        path.write_text(toml)
+    arguments = ["--text", book, "--out", tmp_path / "out", "--config", path]
+    assert message in one_line(capsys, "pretrain", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+# --- Resume --------------------------------------------------------------------------------------
+
+
+def test_resume_starts_a_run_continues_it_and_leaves_a_finished_one(book, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["pretrain", "--text", str(book), "--out", str(out), *QUICK, "--save-every", "1"]
+    main([*command, "--resume"])
+    finished = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    rmtree(out / "states" / "000000003")
+    rmtree(out / "checkpoint")
+    capsys.readouterr()
+    main(["pretrain", "--resume", "--out", str(out)])  # the settings are those of the run
+    assert "2 of them were taken before" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == finished
+    main(["pretrain", "--resume", "--out", str(out)])
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == finished
+
+
+def test_a_damaged_state_is_a_warning_of_one_line(book, tmp_path):
+    out = tmp_path / "run"
+    main(["pretrain", "--text", str(book), "--out", str(out), *QUICK, "--save-every", "1"])
+    (out / "states" / "000000003" / "state.json").write_text("{}")
+    done = run(*minillama("pretrain", "--resume", "--out", out))
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("minillama: warning: ")
+    assert "state.json is damaged" in line
+    assert "The state before it is used" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "4"], "steps was 3 when the run in"),
+        (["--model.n-layers", "1"], "n_layers was 2 when the run in"),
+    ],
+)
+def test_a_resumed_run_keeps_its_settings(capsys, book, tmp_path, flags, message):
+    out = tmp_path / "run"
+    main(["pretrain", "--text", str(book), "--out", str(out), *QUICK])
+    capsys.readouterr()
+    error = one_line(capsys, "pretrain", "--resume", "--out", out, *flags)
+    assert message in error
+    assert "leave the flag out, or start a new run" in error
+
+
+def test_there_is_no_run_to_resume_and_no_text_to_start_one(capsys, tmp_path):
+    error = one_line(capsys, "pretrain", "--resume", "--out", tmp_path / "nowhere")
+    assert "Name what to learn from: text files with --text" in error
+
+
+# --- Mixtures, samples, curves -------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixture(tmp_path) -> Path:
+    folder = tmp_path / "curated"
+    folder.mkdir()
+    for n, name in enumerate(LLAMA_1):
+        lines = [json.dumps({"text": story}) + "\n" for story in STORIES[n : n + 20]]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_pretrain_on_a_mixture_in_llamas_proportions(mixture, tmp_path):
+    out = tmp_path / "run"
+    main(["pretrain", "--mixture", str(mixture), "--out", str(out), *QUICK])
+    assert settings(out)["shares"] == {name: source.share for name, source in LLAMA_1.items()}
+    assert settings(out)["data"] == {"mixture": str(mixture)}
+    sizes = json.loads((out / "tokens" / "sizes.json").read_text())
+    assert set(sizes) == {*LLAMA_1, "held_out"}
+    # Each tenth document of each source is held out.
+    held_out = sum(len(story.encode()) for n in range(7) for story in STORIES[n : n + 20][9::10])
+    assert sizes["held_out"]["bytes"] == held_out
+
+
+def test_a_mixture_of_ones_own(mixture, tmp_path, capsys):
+    (mixture / "arxiv.jsonl").rename(mixture / "letters.jsonl")
+    arguments = ["pretrain", "--mixture", mixture, "--out", tmp_path / "run", *QUICK]
+    assert "Say how yours are mixed: --shares NAME SHARE" in one_line(capsys, *arguments)
+    shares = dict.fromkeys(sorted(path.stem for path in mixture.iterdir()), 0.1) | {"letters": 0.4}
+    flags = [str(part) for share in shares.items() for part in share]
+    main([*map(str, arguments), "--shares", *flags])
+    assert settings(tmp_path / "run")["shares"] == shares
+    flags[-1] = "0.2"
+    arguments[4] = tmp_path / "other"
+    assert "shares add up to 1.1" in one_line(capsys, *arguments, "--shares", *flags)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_text_or_a_mixture(capsys, book, mixture, tmp_path, both):
+    sources = ["--text", book, "--mixture", mixture] if both else []
+    error = one_line(capsys, "pretrain", *sources, "--out", tmp_path / "out")
+    assert "one of the two" in error
+
+
+def test_a_mixture_of_nothing(capsys, tmp_path):
+    error = one_line(capsys, "pretrain", "--mixture", tmp_path, "--out", tmp_path / "out")
+    assert "holds no source" in error
+    assert "minillama curate" in error
+
+
+def test_samples_are_shown_on_the_way(book, tmp_path, capsys):
+    flags = ["--sample-every", "2", "--sample-prompt", "Ada had"]
+    main(["pretrain", "--text", str(book), "--out", str(tmp_path / "run"), *QUICK, *flags])
+    shown = capsys.readouterr()
+    assert "step 2: Ada had" in shown.out + shown.err
+    assert "step 3: Ada had" not in shown.out + shown.err
+
+
+def test_curves_for_tensorboard(book, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    main(["pretrain", "--text", str(book), "--out", str(out), *QUICK, "--tensorboard"])
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    losses = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    drawn = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert drawn == [(line["step"], pytest.approx(line["loss"])) for line in losses[:3]]
+    assert "tokens_per_second" in events.Tags()["scalars"]
+
+
+def test_without_tensorboard_it_says_what_to_install(book, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    arguments = ["--text", book, "--out", tmp_path / "run", *QUICK, "--tensorboard"]
+    assert "pip install 'minillama[track]'" in one_line(capsys, "pretrain", *arguments)
+
+
+# --- Generate, tokenizer, info -------------------------------------------------------------------
 
 
 def test_generate_continues_the_prompt(checkpoint, capsys):
@@ -378,7 +586,6 @@ def test_a_preset_that_does_not_exist(capsys):
         (["pretrain", "--text", "x", "--stepps", "3"], "--steps"),
         (["generate", "--model", "x", "--temprature", "1"], "--temperature"),
         (["generat"], "generate"),
-        (["pretrain"], "--text"),
         (["generate"], "--model"),
         (["pretrain", "--text", "x", "--steps", "many"], "--steps"),
         ([], "demo"),

@@ -44,13 +44,13 @@ class Source:
 
 # Touvron et al. 2023a, table 1. The runs over 1.0T tokens have the same shares and fewer epochs.
 LLAMA_1: dict[str, Source] = {
-    "CommonCrawl": Source(share=0.670, epochs=1.10, disk_bytes=3.3e12),
-    "C4": Source(share=0.150, epochs=1.06, disk_bytes=783e9),
-    "GitHub": Source(share=0.045, epochs=0.64, disk_bytes=328e9),
-    "Wikipedia": Source(share=0.045, epochs=2.45, disk_bytes=83e9),
-    "Books": Source(share=0.045, epochs=2.23, disk_bytes=85e9),
-    "ArXiv": Source(share=0.025, epochs=1.06, disk_bytes=92e9),
-    "StackExchange": Source(share=0.020, epochs=1.03, disk_bytes=78e9),
+    "commoncrawl": Source(share=0.670, epochs=1.10, disk_bytes=3.3e12),
+    "c4": Source(share=0.150, epochs=1.06, disk_bytes=783e9),
+    "github": Source(share=0.045, epochs=0.64, disk_bytes=328e9),
+    "wikipedia": Source(share=0.045, epochs=2.45, disk_bytes=83e9),
+    "books": Source(share=0.045, epochs=2.23, disk_bytes=85e9),
+    "arxiv": Source(share=0.025, epochs=1.06, disk_bytes=92e9),
+    "stackexchange": Source(share=0.020, epochs=1.03, disk_bytes=78e9),
 }
 
 

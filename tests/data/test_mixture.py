@@ -44,13 +44,13 @@ def sampler(seed: int = 0, **changes) -> MixtureSampler:
 @pytest.mark.parametrize(
     ("source", "percent", "epochs", "gigabytes", "drawn", "unique"),
     [
-        ("CommonCrawl", 67.0, 1.10, 3300, 938, 853),
-        ("C4", 15.0, 1.06, 783, 210, 198),
-        ("GitHub", 4.5, 0.64, 328, 63, 98),
-        ("Wikipedia", 4.5, 2.45, 83, 63, 26),
-        ("Books", 4.5, 2.23, 85, 63, 28),
-        ("ArXiv", 2.5, 1.06, 92, 35, 33),
-        ("StackExchange", 2.0, 1.03, 78, 28, 27),
+        ("commoncrawl", 67.0, 1.10, 3300, 938, 853),
+        ("c4", 15.0, 1.06, 783, 210, 198),
+        ("github", 4.5, 0.64, 328, 63, 98),
+        ("wikipedia", 4.5, 2.45, 83, 63, 26),
+        ("books", 4.5, 2.23, 85, 63, 28),
+        ("arxiv", 2.5, 1.06, 92, 35, 33),
+        ("stackexchange", 2.0, 1.03, 78, 28, 27),
     ],
 )
 def test_the_table_of_the_paper(source, percent, epochs, gigabytes, drawn, unique):
