@@ -80,7 +80,7 @@ def _dtype(vocab_size: int) -> np.dtype:
 # --- A stream on disk -----------------------------------------------------------------------------
 
 HEADER_SIZE = 512  # bytes, of which the first 8 say how long the rest is
-MIN_PART, MAX_PART = 2**12, 2**16  # characters encoded as one text
+MIN_PART, MAX_PART = 2**10, 2**16  # characters encoded as one text
 BLOCK = 2**20  # characters, or a few more, of which ids are in memory at a time
 GUARD = "\0"  # no vocabulary has a piece with it: what follows is encoded as in mid-text
 WORD_END = re.compile("[^ \n](?=[ \n])")
@@ -92,7 +92,7 @@ def write_tokens(
     """Encode the documents, each between BOS and EOS, into one file of ids; returns their number.
 
     Memory is constant: the documents are taken one by one, and the ids written block by block. A
-    document of more than 4,096 characters is encoded in parts, cut at ends of words and lines (in a
+    document of more than 1,024 characters is encoded in parts, cut at ends of words and lines (in a
     stretch without any, after 65,536 characters). The cuts depend on the document alone, and no
     piece of LLaMA's reaches over the end of a word: so the ids are those of
     `tokenizer.encode(document, bos=True, eos=True)`, and in a longer stretch without any space
