@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_the_toy_that_ships_is_small_and_writes_consistent_stories():
 @pytest.mark.slow
 def test_a_short_rebuild_follows_the_toys_loss_curve(tmp_path):
     # In the first 60 of its steps a shorter run has the same warm-up and nearly the same rate.
-    settings = json.loads((TOY / "config.json").read_text())["training"]
+    settings = tomllib.loads((TOY / "config.toml").read_text())["training"]
     demo(tmp_path / "run", "--steps", str(settings["warmup_steps"] + 10), "--n-checked", "1")
     rebuilt = losses(tmp_path / "run")[: settings["warmup_steps"]]
     assert rebuilt == pytest.approx(losses(TOY)[: len(rebuilt)], abs=0.02)  # another CPU rounds
@@ -55,6 +56,6 @@ def test_of_100_stories_at_least_90_are_consistent_and_none_is_copied(tmp_path):
     assert consistent >= 90
     assert copied == 0
     found = {path.name for path in (tmp_path / "run").iterdir()}
-    assert found == {"checkpoint", "config.json", "log.jsonl", "loss.png"}
+    assert found == {"checkpoint", "config.toml", "log.jsonl", "loss.png", "tokens"}
     assert {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()} == set(FILES)
     assert losses(tmp_path / "run")[-1] < 1.0

@@ -304,7 +304,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, kills):
     """SIGKILL, at any moment: between steps, in a step, within a save, while starting."""
     # A state after every step: half of the time goes into saves. Enough steps for all the kills.
     arguments = LONGER | {
-        "config": replace(LONGER["config"], steps=40 * kills),
+        "config": replace(LONGER["config"], steps=max(200, 30 * kills)),
         "saving": RunConfig(save_every=1, eval_every=7),
     }
     for _ in new_run(tmp_path / "undisturbed", **arguments):
