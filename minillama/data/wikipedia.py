@@ -85,7 +85,7 @@ def plain_text(wikitext: str) -> str:
 def _keep_literally(text: str, name: str) -> str:
     """Write every sign in <name> as an entity, so that it means nothing until the very end."""
     closing = f"</{name}>"
-    parts = re.split(rf"(?i)<{name}(?:\s[^<>]*)?(?<!/)>", text)
+    parts = re.split(rf"(?i)<{name}(?:\s[^<>]*)?>", text)
     for number, part in enumerate(parts[1:], start=1):
         inside, found, outside = part.partition(closing)
         if found:

@@ -205,6 +205,7 @@ def test_several_headers_go():
         "--kite; // Copyright 2020\n",
         "/* Copyright 2020 */ int kite;\n",
         "/* Copyright 2020 /* nested */ still a comment in Rust */\nkite();\n",
+        "/* Copyright 2020 /* nested */\n still a comment in Rust */\nkite();\n",
         "/* Copyright 2020, never closed\nkite();\n",
         "{-# LANGUAGE Copyright #-} -- (c) 2020\n",
         "{-# OPTIONS Copyright by #-}\nkite = 1\n",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillama.data.latex import MAX_DEPTH, plain_latex
+from minillama.data.latex import MAX_DEPTH, MAX_OPTIONAL, plain_latex
 
 
 def body(source: str) -> str:
@@ -227,6 +227,18 @@ def test_definitions_of_the_preamble_hold_although_it_goes():
     assert plain_latex(preamble + r"\begin{document}\section{\x}\y{c}") == r"\section{a}bc"
 
 
+def test_what_the_preamble_does_with_its_macros_is_left_to_tex():
+    source = r"\def\x#1{#1#1}\x\x\begin{document}\section{a}\x b"
+    assert plain_latex(source) == r"\section{a}bb"
+
+
+def test_an_optional_argument_has_a_limit():
+    definition = r"\newcommand{\x}[1][b]{#1}"
+    fits, too_long = r"\$" * (MAX_OPTIONAL - 1), r"\$" * MAX_OPTIONAL
+    assert body(rf"{definition}\x[{fits}]") == fits
+    assert body(rf"{definition}\x[{too_long}]") == rf"\x[{too_long}]"
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -283,18 +295,19 @@ def test_a_command_inside_its_own_body_is_left_there(source, text):
     assert body(source) == text
 
 
-def doubling(levels: int) -> str:
+def growth(levels: int, times: int) -> str:
     names = [rf"\x{'i' * level}" for level in range(levels + 1)]
-    return "".join(rf"\def{a}{{{b}{b}}}" for a, b in pairwise(names)) + names[0]
+    return "".join(rf"\def{a}{{{b * times}}}" for a, b in pairwise(names)) + names[0]
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        doubling(60),
+        growth(levels=9, times=20),
         r"\def\x#1{#1#1}\x\x",
         r"\def\x#1{#1#1#1}\x{\x{\x{\x{\x{\x{\x{\x{\x{\x{\x{\x{a}}}}}}}}}}}}",
         r"\newcommand{\x}[1]{a#1}" + r"\x{" * 3000 + "}" * 3000,
+        r"\newcommand{\x}[2]{a#1}" + r"\x{" * 3000 + "}" * 3000,  # each lacks its second argument
     ],
 )
 def test_a_paper_whose_macros_explode_is_refused(source):
@@ -307,7 +320,7 @@ def test_a_paper_whose_macros_explode_is_refused(source):
 
 
 def test_doubling_a_few_times_is_fine():
-    assert body(doubling(5)).count("x") == 2**5
+    assert body(growth(levels=5, times=2)).count("x") == 2**5
 
 
 def test_macros_in_the_bodies_of_each_other_have_a_limit():

@@ -163,6 +163,7 @@ def test_a_heading_stays_if_words_stand_below_it(wikitext, text):
         ("<pre>\n* a\n\n\n  b &lt;\n</pre>", "* a\n\n\n  b &lt;"),
         ('<syntaxhighlight lang="c">a[[1]] = {{0}};</syntaxhighlight>', "a[[1]] = {{0}};"),
         ("a<nowiki />b", "ab"),
+        ("a<nowiki />[[b]]<nowiki>[[c]]</nowiki>", "ab[[c]]"),
         ("a<nowiki>b [[c]]", "ab c"),  # never closes
     ],
 )
