@@ -12,8 +12,10 @@ Source: Touvron et al. 2023a, sec. 2.4 (arXiv:2302.13971); Rajbhandari et al. 20
 (arXiv:1910.02054). Built in notebooks/19_distributed.ipynb.
 """
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -90,6 +92,8 @@ def meet(device: str | torch.device, model: LlamaConfig, training: TrainingConfi
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # It warns that the norm of all gradients takes two small messages where one would do.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     grid = (world // training.tensor_parallel, training.tensor_parallel)
     return Ranks(device, dist.init_device_mesh(device.type, grid, mesh_dim_names=("dp", "tp")))
 
@@ -206,6 +210,20 @@ def from_main(make: Callable[[], T]) -> T:
     if isinstance(outcome[1], Exception):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Where another rank is lost, ConnectionError (an OSError) that points to that rank's error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise ConnectionError(
+            "Another process of this run has stopped, so this one stops as well: the error of that "
+            "one is the one to mend. Then resume the run from its newest state."
+        ) from error
 
 
 def add_up(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:

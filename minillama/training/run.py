@@ -24,7 +24,14 @@ from minillama.tokenizer import Tokenizer
 from minillama.training.checkpointing import checkpoint_activations
 from minillama.training.loop import evaluate, train
 from minillama.training.optimizer import make_optimizer
-from minillama.training.parallel import from_main, is_main, meet, shard, whole_weights
+from minillama.training.parallel import (
+    all_or_none,
+    from_main,
+    is_main,
+    meet,
+    shard,
+    whole_weights,
+)
 from minillama.training.state import (
     keep_newest,
     load_progress,
@@ -230,7 +237,7 @@ class PretrainingRun:
     def __iter__(self) -> Iterator[StepStats]:
         path = self.folder / LOG
         from_main(lambda: _take_back(path, self._log_size, self.step))
-        with (path if is_main() else Path(os.devnull)).open("a") as log:
+        with all_or_none(), (path if is_main() else Path(os.devnull)).open("a") as log:
             group = self._ranks.data_group
             steps = train(self.model, self.optimizer, self.batches, self.config, self.step, group)
             try:
