@@ -416,7 +416,8 @@ def _follow(
 
     from minillama.training.progress import Progress, curves
 
-    config, progress, on_terminal = run.config, Progress(run), sys.stderr.isatty()
+    config, on_terminal = run.config, sys.stderr.isatty()
+    progress = Progress(run.model.config, config, run.model.tok_embeddings.weight.device)
     with (
         curves(run.folder / "tensorboard", run.step, tensorboard) as draw,
         tqdm(initial=run.step, total=config.steps, unit="step", disable=not on_terminal) as bar,

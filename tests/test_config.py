@@ -7,7 +7,15 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
-from minillama.config import PRESETS, LlamaConfig, TrainingConfig, swiglu_hidden_dim
+from minillama.config import (
+    PRESETS,
+    TRAINING_PRESETS,
+    LlamaConfig,
+    RunConfig,
+    TrainingConfig,
+    override,
+    swiglu_hidden_dim,
+)
 from minillama.model import Llama
 
 # Touvron et al. 2023a, table 2; 2023b, table 1; Rozière et al. 2023. All of them: head_dim 128.
@@ -197,8 +205,12 @@ def test_the_training_defaults_are_the_papers():
         ({"beta2": -0.1}, r"beta2 is -0\.1"),
         ({"steps": 10, "warmup_steps": 10}, r"warmup_steps \(10\) .* less than steps \(10\)"),
         ({"warmup_steps": -1}, r"warmup_steps \(-1\)"),
-        ({"weight_decay": -0.1}, r"weight_decay \(-0\.1\)"),
-        ({"seed": -1}, r"seed \(-1\)"),
+        ({"weight_decay": -0.1}, r"weight_decay is -0\.1"),
+        ({"seed": -1}, "seed is -1, but must be from 0"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424, but must be from 0 to"),
+        ({"precision": "float16"}, "no precision 'float16'.*Known are: auto, float32, bfloat16"),
+        ({"checkpointing": "ful"}, "checkpointing 'ful'. Did you mean 'full'"),
+        ({"tensor_parallel": 0}, "tensor_parallel is 0, but must be at least 1"),
     ],
 )
 def test_settings_that_cannot_train_are_refused(changes, message):
@@ -209,3 +221,85 @@ def test_settings_that_cannot_train_are_refused(changes, message):
 def test_a_config_does_not_start_torch():
     code = "import sys, minillama.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- How the presets are trained -----------------------------------------------------------------
+
+
+def test_every_preset_says_how_it_is_trained():
+    assert list(TRAINING_PRESETS) == list(PRESETS)
+    for name, training in TRAINING_PRESETS.items():
+        assert training.seq_len <= PRESETS[name].max_seq_len
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "steps"),  # 4M tokens a step, 1.0, 1.4 and 2.0T in all
+    [
+        ("llama-7b", 3e-4, 238_419),
+        ("llama-13b", 3e-4, 238_419),
+        ("llama-33b", 1.5e-4, 333_786),
+        ("llama-65b", 1.5e-4, 333_786),
+        ("llama2-7b", 3e-4, 476_837),
+        ("llama2-13b", 3e-4, 476_837),
+        ("llama2-34b", 1.5e-4, 476_837),
+        ("llama2-70b", 1.5e-4, 476_837),
+        ("codellama-7b", 3e-4, 119_209),
+        ("codellama-70b", 1.5e-4, 238_419),
+    ],
+)
+def test_the_papers_hyperparameters(name, rate, steps):
+    training = TrainingConfig.preset(name)
+    assert (training.learning_rate, training.steps) == (rate, steps)
+    assert training.batch_size * training.accumulation * training.seq_len == 4_194_304
+    assert training.seq_len == (2048 if name.startswith("llama-") else 4096)
+    assert (training.beta1, training.beta2, training.weight_decay) == (0.9, 0.95, 0.1)
+    assert training.max_grad_norm == 1.0
+    code = name.startswith("code")
+    assert training.warmup_steps == (1000 if code else 2000)
+    assert training.min_lr_ratio == pytest.approx(1 / 30 if code else 0.1)
+
+
+def test_a_preset_of_training_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"no preset 'llama2-7'\. Did you mean 'llama2-7b'"):
+        TrainingConfig.preset("llama2-7")
+
+
+# --- Tables of settings --------------------------------------------------------------------------
+
+
+def test_a_table_overrides_the_fields_that_it_names():
+    config = TrainingConfig()
+    assert override(config, {}, "x") == config
+    changed = override(config, {"steps": 70, "learning_rate": 1, "precision": "float32"}, "x")
+    assert changed == replace(config, steps=70, learning_rate=1.0, precision="float32")
+    assert isinstance(changed.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stpes": 3}, r"my\.toml: There is no setting 'stpes'\. Did you mean 'steps'"),
+        ({"steps": 3.0}, r"my\.toml: steps is 3\.0, but must be int"),
+        ({"steps": True}, "steps is True, but must be int"),
+        ({"compile": 1}, "compile is 1, but must be bool"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast', but must be float"),
+        ([], r"my\.toml is \[\], but must be a table"),
+        ({"steps": 0}, "steps is 0, but must be at least 1"),
+    ],
+)
+def test_a_table_that_fits_no_settings(values, message):
+    with pytest.raises(ValueError, match=message):
+        override(TrainingConfig(), values, "my.toml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"save_every": -1}, "save_every is -1, but must be at least 0"),
+        ({"keep": 0}, "keep is 0, but must be at least 1"),
+        ({"eval_every": -5}, "eval_every is -5"),
+    ],
+)
+def test_how_often_a_run_saves_makes_sense(values, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**values)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from minillama.config import LlamaConfig, TrainingConfig
 from minillama.plan import forward_flops
-from minillama.training.run import PretrainingRun
 from minillama.training.step import StepStats, precision
 
 
@@ -35,12 +35,13 @@ class Progress:
     measured here: 100% is the best that any implementation could do.
     """
 
-    def __init__(self, run: PretrainingRun) -> None:
-        device = run.model.tok_embeddings.weight.device
-        self.device, self.tokens = device, run.tokens_per_step
-        rows = run.config.batch_size * run.config.accumulation
-        self.flops = 3 * forward_flops(run.model.config, run.config.seq_len) * rows
-        self.peak = product_rate(device, precision(run.config.precision, device))
+    def __init__(
+        self, model_config: LlamaConfig, config: TrainingConfig, device: torch.device
+    ) -> None:
+        rows = config.batch_size * config.accumulation
+        self.device, self.tokens = device, rows * config.seq_len
+        self.flops = 3 * forward_flops(model_config, config.seq_len) * rows
+        self.peak = product_rate(device, precision(config.precision, device))
         self.seconds, self.last = 0.0, time.perf_counter()
 
     def update(self) -> Speed:
