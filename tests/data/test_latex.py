@@ -234,7 +234,7 @@ def test_what_the_preamble_does_with_its_macros_is_left_to_tex():
 
 def test_an_optional_argument_has_a_limit():
     definition = r"\newcommand{\x}[1][b]{#1}"
-    fits, too_long = r"\$" * (MAX_OPTIONAL - 1), r"\$" * MAX_OPTIONAL
+    fits, too_long = r"\$" * (MAX_OPTIONAL - 1), r"\$" * (MAX_OPTIONAL + 1)
     assert body(rf"{definition}\x[{fits}]") == fits
     assert body(rf"{definition}\x[{too_long}]") == rf"\x[{too_long}]"
 
