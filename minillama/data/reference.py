@@ -64,7 +64,7 @@ class ReferenceClassifier:
     def probability(self, page: str) -> float:
         """How likely it is that the page is a cited one."""
         ids, values = features(page)
-        return float(sigmoid(np.array(self.weights[ids] @ values)))
+        return sigmoid(values @ self.weights[ids, None]).item()
 
     def keep(self, page: str) -> str | None:
         """The page, or None if it is rather one of the random ones."""
@@ -79,6 +79,6 @@ def features(page: str) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]
     return ids, np.full(len(ids), max(len(ids), 1) ** -0.5)
 
 
-def sigmoid(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+def sigmoid(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """1 / (1 + exp(-x)); beyond 500, where exp overflows, it is 0 or 1 anyway."""
     return 1 / (1 + np.exp(-np.clip(x, -500, 500)))
