@@ -12,7 +12,7 @@ from itertools import groupby, islice, pairwise
 from typing import NamedTuple
 
 MAX_DEPTH = 100  # macros in the bodies of each other
-MAX_STEPS = 100_000  # tokens that expansion may handle, besides 20 for each token of the paper
+MAX_STEPS = 50_000  # tokens that expansion may handle, besides 20 for each token of the paper
 MAX_OPTIONAL = 1000  # tokens of an optional argument: so far an unpaired "[" is looked after
 
 TOKEN = re.compile(
