@@ -23,12 +23,12 @@ On a Slurm cluster with a common folder:
 """
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -207,6 +207,8 @@ def raw_sources(raw: Path) -> list[str]:
 
 def _in_processes(job: FolderCuration, workers: int) -> None:
     """Both rounds, on this machine."""
+    # datatrove reports every task, at length; loguru's own variable lets only our words through.
+    os.environ.setdefault("LOGURU_FILTER", "minillama")
     try:
         from datatrove.executor import LocalPipelineExecutor
     except ImportError:
@@ -214,19 +216,10 @@ def _in_processes(job: FolderCuration, workers: int) -> None:
             "Several workers are run by datatrove, which is not installed: "
             "pip install 'minillama[cluster]', or leave --workers out."
         ) from None
-
-    class Quiet(LocalPipelineExecutor):
-        def _run_for_rank(self, *arguments: Any, **options: Any) -> Any:
-            _be_quiet()  # each worker has a log of its own
-            return super()._run_for_rank(*arguments, **options)
-
-    _be_quiet()
     for number, step in enumerate((job.remember, job.clean)):
-        log = job.work / "parts" / f"log-{number}"
-        Quiet([step], tasks=len(job.tasks), workers=workers, logging_dir=str(log)).run()
-
-
-def _be_quiet() -> None:
-    from loguru import logger
-
-    logger.disable("datatrove")
+        LocalPipelineExecutor(
+            [step],
+            tasks=len(job.tasks),
+            workers=workers,
+            logging_dir=str(job.work / "parts" / f"log-{number}"),
+        ).run()
