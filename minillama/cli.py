@@ -17,6 +17,7 @@ import tyro
 
 from minillama.config import (
     PRESETS,
+    TRAINING_PRESETS,
     LlamaConfig,
     RunConfig,
     Sampling,
@@ -27,6 +28,7 @@ from minillama.config import (
 )
 
 if TYPE_CHECKING:
+    from minillama.plan import InferencePlan, TrainingPlan
     from minillama.training.run import PretrainingRun
 
 # Fields of a dataclass within a command are flags without a prefix: --steps, not --training.steps.
@@ -336,6 +338,155 @@ class Info:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say what a model takes before it is made: memory, FLOPs, time, energy, and what would fit.
+
+    Example: minillama plan llama2-7b --train --device-memory 80
+    """
+
+    model: tyro.conf.Positional[str]  # a preset's name or a checkpoint
+    train: bool = False  # plan training; without it, reading and writing text
+    lora: int = 0  # train adapters of this rank on frozen weights
+    targets: tuple[str, ...] = ("wq", "wv")  # linear layers that get adapters
+    quantize: str | None = None  # int8, int4, nf4; when training, with --lora only
+    device_memory: float | None = None  # GiB of one GPU; without it, what is free on this machine
+    device: str = "cpu"  # of this machine: cpu, cuda
+    dtype: str = "auto"  # float32, bfloat16; auto is bfloat16, but float32 for training on a CPU
+    batch_size: int | None = None  # rows at a time, over all devices; without it, one on each
+    seq_len: int | None = None  # tokens in a row; without it, the model's context
+    accumulation: int = 1  # micro-batches in one step
+    checkpointing: str = "none"  # of activations: none, selective, full
+    optimizer: str = "adamw"  # adamw, sgd
+    data_parallel: int = 1  # devices that share the rows and, by FSDP, all that is kept
+    tensor_parallel: int = 1  # devices that share every matrix
+    tokens: float | None = None  # to train on; without it, what the preset was trained on
+    tokens_per_second: float | None = None  # of one device
+    tflops: float | None = None  # or its peak: 312 for an A100, 989 for an H100, in bfloat16
+    utilization: float = 0.45  # share of the peak that the model's own FLOPs reach
+    watts: float = 400.0  # of one device
+
+    def run(self) -> None:
+        from minillama.plan import GIB, MOMENTS, PARTS, TrainingPlan, free_memory, gib, ways_out
+
+        if self.model not in PRESETS and Path(self.model).exists():
+            from minillama.checkpoint import load_config
+
+            plan = self._plan(load_config(self.model))
+        else:
+            plan = self._plan(LlamaConfig.preset(self.model))
+        print(self._title(plan))
+        for name, n_bytes in plan.parts.items():
+            if n_bytes:
+                print(f"  {name:<12}{gib(n_bytes):>10}   {PARTS[name]}".rstrip())
+        when = MOMENTS[plan.worst] if isinstance(plan, TrainingPlan) else ""
+        print(f"  {'peak':<12}{gib(plan.peak):>10}   {when}".rstrip())
+
+        free = self.device_memory * GIB if self.device_memory else free_memory(self.device)
+        if free is None:
+            print(f"How much memory {self.device} has cannot be told here: say --device-memory.")
+        elif plan.peak <= free:
+            print(f"It fits into the {gib(free)} that are free", end="")
+            more = plan
+            while (
+                2 * more.rows <= 4096
+                and (twice := more.changed(batch_size=2 * more.rows)).peak <= free
+            ):
+                more = twice
+            print(f"; so would --batch-size {more.rows}." if more is not plan else ".")
+            if plan.peak > 0.9 * free:
+                print("It is tight: drivers, libraries and gaps between tensors take some, too.")
+        else:
+            print(f"It does not fit into the {gib(free)} that are free. What does, added to this:")
+            for changes, peak in ways_out(plan, free):
+                flags = (f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
+                print(f"  {gib(peak):>22}   {' '.join(flags)}")
+            print(f"  {'':>22}   or a smaller model: see minillama info")
+        if isinstance(plan, TrainingPlan):
+            self._print_time(plan)
+        else:
+            gigabytes = (plan.parts["weights"] + plan.parts["cache"]) / 1e9
+            print(
+                f"A new token reads {gigabytes:.3g} GB: at most {30 / gigabytes:,.1f} tokens/s "
+                f"from a laptop's memory (30 GB/s), {2000 / gigabytes:,.0f} from an A100's (2,000)."
+            )
+
+    def _plan(self, config: LlamaConfig) -> "InferencePlan | TrainingPlan":
+        from minillama.plan import InferencePlan, TrainingPlan
+
+        seq_len = self.seq_len or config.max_seq_len
+        if not (self.train or self.lora):
+            return InferencePlan(
+                config=config,
+                batch_size=self.batch_size or 1,
+                seq_len=seq_len,
+                dtype="bfloat16" if self.dtype == "auto" else self.dtype,
+                quantize=self.quantize,
+                tensor_parallel=self.tensor_parallel,
+            )
+        training = TrainingConfig(
+            batch_size=self.batch_size or self.data_parallel,
+            seq_len=seq_len,
+            accumulation=self.accumulation,
+            precision=self.dtype,
+            checkpointing=self.checkpointing,
+            tensor_parallel=self.tensor_parallel,
+        )
+        return TrainingPlan(
+            config=config,
+            training=training,
+            device="cuda" if self.device_memory else self.device,
+            optimizer=self.optimizer,
+            data_parallel=self.data_parallel,
+            lora=self.lora,
+            targets=self.targets,
+            quantize=self.quantize,
+        )
+
+    def _title(self, plan: "InferencePlan | TrainingPlan") -> str:
+        from minillama.plan import TrainingPlan
+
+        what, each, seq_len = (
+            "Reading and writing with",
+            "",
+            self.seq_len or plan.config.max_seq_len,
+        )
+        if isinstance(plan, TrainingPlan):
+            what = f"Training rank-{self.lora} adapters of" if self.lora else "Training"
+            each = f" on {plan.ranks} devices" if plan.ranks > 1 else ""
+        return (
+            f"{what} {self.model}, {plan.config.n_parameters:,} parameters{each}, {plan.rows} "
+            f"row{'s' * (plan.rows > 1)} of {seq_len:,} tokens at a time, in {plan.dtype}"
+            f"{f' on {self.quantize}' * bool(self.quantize)}. "
+            f"{'Each device' if plan.tensor_parallel > 1 or each else 'The device'} needs:"
+        )
+
+    def _print_time(self, plan: "TrainingPlan") -> None:
+        from minillama.plan import energy, run_tokens, training_hours
+
+        tokens = self.tokens
+        if tokens is None and self.model in TRAINING_PRESETS and not self.lora:
+            tokens = run_tokens(TrainingConfig.preset(self.model))
+        print(f"A token takes {plan.flops_per_token / 1e9:,.3g} GFLOP", end="")
+        if tokens is None:
+            print("; for time and energy, say how many: --tokens.")
+            return
+        print(f", {tokens:.3g} of them {plan.flops_per_token * tokens:.3g} FLOP.")
+        speed = self.tokens_per_second
+        if speed is None and self.tflops:
+            speed = self.tflops * 1e12 * self.utilization / plan.model_flops_per_token
+        if speed is None:
+            print("For time and energy, say how fast a device is: --tflops or --tokens-per-second.")
+            return
+        cost = energy(training_hours(tokens, speed), self.watts)
+        print(
+            f"At {speed:,.0f} tokens/s on each device that takes "
+            f"{cost.gpu_hours / plan.ranks / 24:,.1f} days on {plan.ranks}: "
+            f"{cost.gpu_hours:,.0f} GPU-hours, {cost.megawatt_hours:,.1f} MWh at {self.watts:g} W, "
+            f"{cost.tonnes_co2:,.1f} t CO2eq."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Curate:
     """Clean raw text with the rules of LLaMA's data recipe, source by source.
 
@@ -384,7 +535,8 @@ def main(arguments: list[str] | None = None) -> None:
             | Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=defaults)]
             | Annotated[Curate, tyro.conf.subcommand("curate")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]
-            | Annotated[Info, tyro.conf.subcommand("info")],
+            | Annotated[Info, tyro.conf.subcommand("info")]
+            | Annotated[Plan, tyro.conf.subcommand("plan")],
             prog="minillama",
             description="The executable form of the LLaMA papers.",
             args=arguments,
@@ -403,7 +555,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _show_warning(message: Warning | str, *_where: object) -> None:
+def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
     """A warning as the user is to read it: without the line of code that gave it."""
     print(f"minillama: warning: {message}", file=sys.stderr)
 

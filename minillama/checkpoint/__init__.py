@@ -10,6 +10,7 @@ from minillama.checkpoint.folder import CheckpointError, interrupted_save
 from minillama.checkpoint.llama2c import load_llama2c, load_tokenizer_bin
 from minillama.checkpoint.native import (
     TOKENIZER,
+    check_room,
     check_vocabulary,
     load_native,
     model_from,
@@ -35,7 +36,8 @@ def load(
     converts the weights; None leaves them as stored.
 
     Raises FileNotFoundError, or CheckpointError (a ValueError) that names the file, if something is
-    missing, damaged, or does not fit together. Shown in notebooks/00_tour.ipynb.
+    missing, damaged, or does not fit together; ValueError, with numbers and ways out, if the weights
+    do not fit into the memory that is free. Shown in notebooks/00_tour.ipynb.
     """
     path = Path(path)
     config, weights = _read(path)
@@ -43,6 +45,8 @@ def load(
         tokenizer = path / TOKENIZER if path.is_dir() else _beside(path)
     tok = load_tokenizer(tokenizer)
     check_vocabulary(config, tok)
+    if dtype is not None or torch.device(device).type != "cpu":
+        check_room(config, dtype or weights["norm.weight"].dtype, device)
     return model_from(config, weights, path).to(device=device, dtype=dtype), tok
 
 

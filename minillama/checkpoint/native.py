@@ -11,17 +11,19 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minillama.checkpoint.folder import SUMS, CheckpointError, replacing, verify_sums
 from minillama.config import LlamaConfig
 from minillama.model import Llama
+from minillama.plan import InferencePlan, check_fits, free_memory
 from minillama.tokenizer import Tokenizer
 
 PARAMS, WEIGHTS, TOKENIZER = SUMMED = ("params.json", "model.safetensors", "tokenizer.model")
 FILES = (*SUMMED, SUMS)
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 
 
 def save_native(folder: str | os.PathLike[str], model: Llama, tokenizer: Tokenizer) -> None:
@@ -54,7 +56,8 @@ def save_native(folder: str | os.PathLike[str], model: Llama, tokenizer: Tokeniz
 def load_native(folder: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, Tensor]]:
     """The config and the weights of a folder that `save_native` wrote.
 
-    Raises CheckpointError, naming the file, if one is missing, damaged or does not fit the others.
+    Raises CheckpointError, naming the file, if one is missing, damaged or does not fit the others,
+    and ValueError, before the weights are read, if they do not fit into the memory.
     """
     folder = Path(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
@@ -70,6 +73,10 @@ def load_native(folder: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, 
     except ValueError as error:
         raise CheckpointError(f"{folder / PARAMS} is no config of a model: {error}") from error
     try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            for stored in {file.get_slice(name).get_dtype() for name in file.keys()}:  # noqa: SIM118
+                if stored in STORED:
+                    check_room(config, STORED[stored])
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS} is no safetensors file: {error}") from error
@@ -83,6 +90,12 @@ def load_native(folder: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, 
         if "tok_embeddings.weight" in weights:
             weights["output.weight"] = weights["tok_embeddings.weight"]
     return config, weights
+
+
+def check_room(config: LlamaConfig, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
+    """Raises ValueError, with numbers and ways out, if weights of `dtype` do not fit there."""
+    plan = InferencePlan(config=config, seq_len=1, dtype=str(dtype).removeprefix("torch."))
+    check_fits(plan, free_memory(str(device)))
 
 
 def model_from(config: LlamaConfig, weights: dict[str, Tensor], source: object) -> Llama:

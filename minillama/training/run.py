@@ -20,11 +20,13 @@ from minillama.config import LlamaConfig, RunConfig, TrainingConfig, override, r
 from minillama.data.mixture import Batches
 from minillama.data.packing import as_batch, open_rows, write_tokens
 from minillama.model import Llama
+from minillama.plan import TrainingPlan, check_fits, free_memory
 from minillama.tokenizer import Tokenizer
 from minillama.training.checkpointing import checkpoint_activations
 from minillama.training.loop import evaluate, train
 from minillama.training.optimizer import make_optimizer
 from minillama.training.parallel import (
+    Ranks,
     all_or_none,
     from_main,
     is_main,
@@ -97,6 +99,7 @@ class PretrainingRun:
         _check_lengths(model_config, config)
         check_vocabulary(model_config, tokenizer)
         self._ranks = meet(device, model_config, config)
+        _check_memory(model_config, config, self._ranks)
         sources = documents if isinstance(documents, Mapping) else {"text": documents}
         from_main(lambda: _begin(folder, sources, held_out, tokenizer, config.seq_len))
         settings = {
@@ -138,11 +141,11 @@ class PretrainingRun:
         if tensor_parallel:
             settings["training"]["tensor_parallel"] = tensor_parallel
         run = cls.__new__(cls)
-        run._ranks = meet(
-            device,
-            LlamaConfig.from_dict(settings["model"]),
-            override(TrainingConfig(), settings["training"], f"{folder / CONFIG} [training]"),
-        )
+        model_config = LlamaConfig.from_dict(settings["model"])
+        where = f"{folder / CONFIG} [training]"
+        config = override(TrainingConfig(), settings["training"], where)
+        run._ranks = meet(device, model_config, config)
+        _check_memory(model_config, config, run._ranks)
         run._open(folder, settings, Tokenizer(folder / "tokens" / TOKENIZER))
         if state := from_main(lambda: newest_state(folder / "states")):
             progress = from_main(lambda: load_progress(state))
@@ -343,6 +346,17 @@ def _check_lengths(model_config: LlamaConfig, config: TrainingConfig) -> None:
             f"seq_len ({config.seq_len}) is longer than the model's context "
             f"({model_config.max_seq_len} tokens). Train on rows of at most that length."
         )
+
+
+def _check_memory(model_config: LlamaConfig, config: TrainingConfig, ranks: Ranks) -> None:
+    """Refuse what does not fit, with numbers and ways out, before anything is allocated."""
+    plan = TrainingPlan(
+        config=model_config, training=config, device=ranks.device.type, data_parallel=ranks.n_data
+    )
+    free = free_memory(str(ranks.device))
+    if free is not None and ranks.device.type == "cpu":
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of a machine share it
+    check_fits(plan, free)
 
 
 def _begin(

@@ -290,6 +290,27 @@ def test_a_damaged_tokenizer_that_is_named(folder, tmp_path):
         load(folder, tokenizer=tmp_path / "other.model")
 
 
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(folder, monkeypatch):
+    monkeypatch.setattr(native, "free_memory", lambda device: 2**16)
+    monkeypatch.setattr(native, "load_file", lambda path: pytest.fail("the weights were read"))
+    with pytest.raises(ValueError, match=r"takes .* MiB .*, but only 0\.1 MiB .*are free\. .*fits"):
+        load(folder)
+
+
+def test_room_is_asked_for_in_the_dtype_and_on_the_device_that_are_wanted(folder, monkeypatch):
+    asked = []
+
+    def check(plan, available):
+        asked.append((plan.dtype, available))
+
+    monkeypatch.setattr(native, "check_fits", check)
+    monkeypatch.setattr(native, "free_memory", lambda device: f"free on {device}")
+    load(folder, dtype=torch.bfloat16)
+    assert asked == [("float32", "free on cpu"), ("bfloat16", "free on cpu")]
+    load(folder, device="meta")
+    assert asked[2:] == [("float32", "free on cpu"), ("float32", "free on meta")]
+
+
 class Canary:
     """Unpickled, it sings: it makes a file."""
 

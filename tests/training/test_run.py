@@ -181,6 +181,15 @@ def test_what_does_not_fit_together(tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_does_not_fit_into_memory_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("minillama.training.run.free_memory", lambda device: 2**17)
+    with pytest.raises(ValueError, match=r"Training this model takes .*, but only 0\.1 MiB .*fit"):
+        new_run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("minillama.training.run.free_memory", lambda device: None)
+    new_run(tmp_path / "run")  # a machine that cannot tell refuses nothing
+
+
 def test_a_folder_below_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
