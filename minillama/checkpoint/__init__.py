@@ -36,8 +36,8 @@ def load(
     converts the weights; None leaves them as stored.
 
     Raises FileNotFoundError, or CheckpointError (a ValueError) that names the file, if something is
-    missing, damaged, or does not fit together; ValueError, with numbers and ways out, if the weights
-    do not fit into the memory that is free. Shown in notebooks/00_tour.ipynb.
+    missing, damaged, or does not fit together; ValueError, with numbers and ways out, if there is
+    too little free memory. Shown in notebooks/00_tour.ipynb.
     """
     path = Path(path)
     config, weights = _read(path)
