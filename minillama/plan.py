@@ -25,6 +25,24 @@ LOSS_ROWS = 512  # the fused loss holds the logits of so many tokens at a time
 # in its way. With checkpointing, `return_freed_memory` leaves no holes.
 HOLES, HOLES_AROUND_GRADIENTS = 0.22, 0.5
 
+PARTS = {  # of a plan, and what they are where the name does not say it
+    "weights": "",
+    "copies": "of weights: in bfloat16, or gathered from other devices",
+    "gradients": "",
+    "optimizer": "AdamW's two moments",
+    "activations": "what the backward pass needs of the forward pass",
+    "loss": "logits of 512 tokens, and the first gradients",
+    "holes": "what malloc leaves unused in between",
+    "cache": "keys and values",
+    "working": "while the prompt is read",
+}
+MOMENTS = {
+    "loss": "when the loss is computed",
+    "last block": "when the backward pass begins",
+    "first block": "when the backward pass ends",
+    "update": "when all gradients are there",
+}
+
 # --- Parameters and weights ----------------------------------------------------------------------
 
 
@@ -244,6 +262,11 @@ def energy(gpu_hours: float, watts: float, pue: float = 1.1, kg_per_kwh: float =
     return Energy(gpu_hours, megawatt_hours, megawatt_hours * kg_per_kwh)
 
 
+def run_tokens(training: TrainingConfig) -> int:
+    """Tokens that a whole run reads."""
+    return training.steps * training.accumulation * training.batch_size * training.seq_len
+
+
 def training_hours(tokens: float, tokens_per_second: float) -> float:
     """Hours that `tokens` take; of one GPU, if the speed is that of one GPU."""
     return tokens / tokens_per_second / 3600
@@ -302,6 +325,11 @@ class InferencePlan:
     def peak(self) -> int:
         """Bytes at the worst moment."""
         return sum(self.parts.values())
+
+    @property
+    def rows(self) -> int:
+        """Texts at a time."""
+        return self.batch_size
 
     def changed(self, **changes: Any) -> "InferencePlan":
         """The plan with other settings."""
@@ -393,6 +421,11 @@ class TrainingPlan:
         if self.lora:
             return lora_parameters(self.config, self.lora, self.targets)
         return self.config.n_parameters
+
+    @property
+    def rows(self) -> int:
+        """Rows of one micro-batch, over all devices."""
+        return self.training.batch_size
 
     @property
     def tokens(self) -> int:
@@ -556,10 +589,12 @@ class TrainingPlan:
         return training_flops(self.config, seq_len, self.training.checkpointing, lora) / seq_len
 
     @property
-    def run_tokens(self) -> int:
-        """Tokens of the whole run."""
-        training = self.training
-        return training.steps * training.accumulation * training.batch_size * training.seq_len
+    def model_flops_per_token(self) -> float:
+        """The model's own part of it, 3 * forward_flops: what utilisation is a share of."""
+        if self.lora:
+            return self.changed(checkpointing="none").flops_per_token
+        seq_len = self.training.seq_len
+        return 3 * forward_flops(self.config, seq_len) / seq_len
 
     def changed(self, **changes: Any) -> "TrainingPlan":
         """The plan with other settings, of its own or of its TrainingConfig."""

@@ -13,6 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from minillama.cli import main
 from minillama.config import LlamaConfig, TrainingConfig
 from minillama.data.packing import Batch
 from minillama.model import KVCache, Llama
@@ -29,6 +30,7 @@ from minillama.plan import (
     free_memory,
     lora_parameters,
     quantized_bits,
+    run_tokens,
     training_flops,
     training_hours,
     ways_out,
@@ -423,7 +425,7 @@ def test_adapters_on_quantised_weights_fit_where_training_does_not():
 def test_a_run_of_the_papers():
     training = TrainingConfig.preset("llama2-7b")
     plan = TrainingPlan(config=SEVEN, training=training, data_parallel=64)
-    assert plan.run_tokens == pytest.approx(2.0e12, rel=1e-5)
+    assert run_tokens(training) == pytest.approx(2.0e12, rel=1e-5)
     assert plan.dtype == "bfloat16"
     assert plan.peak < 80 * GIB
     assert plan.flops_per_token == pytest.approx(6 * SEVEN.n_parameters, rel=0.15)
@@ -590,3 +592,81 @@ def test_this_machine_has_some_and_an_unknown_device_does_not_tell():
 def test_a_plan_does_not_start_torch():
     code = "import sys, minillama.plan as p; p.free_memory(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- The command ---------------------------------------------------------------------------------
+
+
+def shown(capsys, command: str) -> str:
+    main(["plan", *command.split()])
+    return capsys.readouterr().out
+
+
+def test_training_7b_on_one_gpu_does_not_fit_and_the_command_says_what_does(capsys):
+    text = shown(capsys, "llama2-7b --train --device-memory 80")
+    assert "weights       25.1 GiB" in text
+    assert "peak         117.8 GiB   when the loss is computed" in text
+    assert "It does not fit into the 80.0 GiB that are free" in text
+    assert "31.1 GiB   --lora 16\n" in text
+    assert "70.3 GiB   --data-parallel 2 --batch-size 2\n" in text
+
+
+def test_what_the_command_proposes_does_fit(capsys):
+    command = "llama2-7b --lora 8 --quantize nf4 --device-memory 16"
+    text = shown(capsys, command)
+    assert "6.9 GiB   --checkpointing full\n" in text
+    assert "It fits into the 16.0 GiB" in shown(capsys, f"{command} --checkpointing full")
+
+
+def test_inference_on_this_machine(capsys, monkeypatch):
+    monkeypatch.setattr("minillama.plan.free_memory", lambda device: 12 * GIB)
+    text = shown(capsys, "llama2-7b --quantize int8")
+    assert "It fits into the 12.0 GiB that are free; so would --batch-size 2." in text
+    assert "at most 3.3 tokens/s from a laptop's memory" in text
+    assert "It is tight" in shown(capsys, "llama2-7b --quantize int8 --batch-size 2 --seq-len 4096")
+    monkeypatch.setattr("minillama.plan.free_memory", lambda device: None)
+    assert "cannot be told here: say --device-memory" in shown(capsys, "llama2-7b")
+
+
+def test_time_and_energy_of_the_papers_run(capsys):
+    text = shown(capsys, "llama-65b --train --data-parallel 2048 --tokens-per-second 380")
+    assert "1.4e+12 of them" in text
+    assert "At 380 tokens/s on each device that takes 20.8 days on 2048: 1,023," in text
+    assert "450.3 MWh at 400 W, 173.4 t CO2eq" in text
+    text = shown(capsys, "llama2-7b --train --data-parallel 64 --tflops 312 --utilization 0.45")
+    speed = 0.45 * 312e12 / (3 * forward_flops(SEVEN, 4096) / 4096)
+    assert f"At {speed:,.0f} tokens/s" in text
+    assert "say how fast a device is" in shown(capsys, "llama2-7b --train")
+    assert "say how many: --tokens" in shown(capsys, "llama2-7b --lora 8")
+
+
+def test_a_checkpoint_is_planned_as_well(capsys):
+    assert "492,384 parameters" in shown(capsys, str(ROOT / "data" / "toy" / "checkpoint"))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("llama2-7c", "no preset 'llama2-7c'. Did you mean 'llama2-7b'?"),
+        ("llama2-7b --train --quantize int8", "cannot be trained"),
+        ("llama2-7b --dtype float8", "no dtype 'float8'"),
+        ("llama2-7b --train --checkpointing half", "activation checkpointing 'half'"),
+        ("llama2-7b --seq-len 9999", "longer than the model's context (4096 tokens)"),
+    ],
+)
+def test_a_plan_that_cannot_be_ends_with_one_line(capsys, command, message):
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *command.split()])
+    out, error = capsys.readouterr()
+    assert (end.value.code, out) == (2, "")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_the_command_does_not_start_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "minillama", "plan", "llama2-7b"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "tyro" in imported
+    assert not imported & {"torch", "numpy"}
