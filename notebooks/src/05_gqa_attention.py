@@ -526,21 +526,25 @@ print(f"{4096**2 / 1e6:.1f} million against {4096 * 128 / 1e6:.1f} million")
 # %%
 from minillama.training import next_token_loss
 
-tokens = torch.tensor([ids])
+stories = [torch.tensor([tok.encode(story, bos=True)]) for story in tales.corpus("valid")[:20]]
 
 
-def loss_with(diagonal):
-    seen = torch.ones(len(ids) - 1, len(ids) - 1, dtype=torch.bool).tril(diagonal)[None, None]
-    angles = rope_angles(torch.arange(len(ids) - 1), toy.config.head_dim, toy.config.rope_theta)
-    x = toy.tok_embeddings(tokens[:, :-1])
-    for layer in toy.layers:
-        x = layer(x, angles[None, None], seen)
-    return next_token_loss(toy.output(toy.norm(x)), tokens[:, 1:]).item() / (len(ids) - 1)
+def loss_with(diagonal):  # nats per token of twenty stories that the toy has not seen
+    total = 0.0
+    for tokens in stories:
+        seq = tokens.shape[1] - 1
+        seen = torch.ones(seq, seq, dtype=torch.bool).tril(diagonal)[None, None]
+        angles = rope_angles(torch.arange(seq), toy.config.head_dim, toy.config.rope_theta)
+        x = toy.tok_embeddings(tokens[:, :-1])
+        for layer in toy.layers:
+            x = layer(x, angles[None, None], seen)
+        total += next_token_loss(toy.output(toy.norm(x)), tokens[:, 1:]).item()
+    return total / sum(tokens.shape[1] - 1 for tokens in stories)
 
 
 with torch.inference_mode():
     right, off_by_one = loss_with(0), loss_with(1)
-print(f"right: {right:.2f} nats per token; off by one: {off_by_one:.1f}")
+print(f"right: {right:.2f} nats per token; off by one: {off_by_one:.2f}")
 assert off_by_one > 1.5 * right
 
 # %% [markdown]
