@@ -393,6 +393,7 @@ for rank in range(2):
     ours = half_of_heads(model.layers[0].attention, rank)
     for name in ("wq", "wk", "wv", "wo"):
         assert torch.equal(held[f"layers.0.attention.{name}.weight"], getattr(ours, name).weight)
+workplace.cleanup()
 n_held = sum(t.numel() for name, t in held.items() if name != "hidden")
 print(f"a rank holds {n_held:,} of {config.n_parameters:,} parameters, and makes the same of them")
 
