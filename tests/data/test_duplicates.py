@@ -177,6 +177,15 @@ def test_no_book_is_lost_because_minhash_guessed():
     assert all(kept(Document(text)) for text in books)
 
 
+def test_real_editions(assets):
+    """Shakespeare with another spelling of "thee" is the same book, every second line is not."""
+    text = (assets / "tinyshakespeare.txt").read_text()[:200_000]
+    kept = NearDuplicates()
+    assert kept(Document(text))
+    assert kept(Document("Printed anew.\n" + text.replace("thee", "thée"))) is None
+    assert kept(Document("\n".join(text.splitlines()[::2])))
+
+
 @pytest.mark.parametrize("share", [0.0, -1.0, 90.0])
 def test_an_overlap_is_a_share(share):
     with pytest.raises(ValueError, match="is a share"):
