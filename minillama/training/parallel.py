@@ -7,7 +7,7 @@ in a grid with two axes:
     dp   the others read different rows (data parallelism), and share what is left of the weights,
          gradients and moments: each is gathered when it is needed (FSDP)
 
-On CPUs they talk by gloo, on GPUs by NCCL. A single process has no grid, and calls none of this.
+On CPUs they talk by gloo, on GPUs by NCCL. A single process has no grid, and pays nothing.
 Source: Touvron et al. 2023a, sec. 2.4 (arXiv:2302.13971); Rajbhandari et al. 2019
 (arXiv:1910.02054). Built in notebooks/19_distributed.ipynb.
 """
@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -91,7 +92,9 @@ def meet(device: str | torch.device, model: LlamaConfig, training: TrainingConfi
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # Rank 0 may take hours to encode a text; that a rank has died is torchrun's to notice.
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     # It warns that the norm of all gradients takes two small messages where one would do.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     grid = (world // training.tensor_parallel, training.tensor_parallel)

@@ -71,8 +71,10 @@ def _save_together(folder: Path, tensors: dict[str, Tensor], progress: dict[str,
             writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
             dcp.save(tensors, storage_writer=writer)
         except dcp.api.CheckpointException as error:
+            rank, (reason, _) = next(iter(error.failures.items()))
             raise OSError(
-                f"{folder} could not be written ({error}); the states before it are as they were."
+                f"{folder} could not be written by process {rank} ({reason}); the states before it "
+                f"are as they were."
             ) from error
         if is_main():
             (new / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")

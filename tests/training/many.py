@@ -128,6 +128,30 @@ def diverge(folder: Path, tensor_parallel: int = 1) -> str:
     return "it did not"
 
 
+def full_disk(folder: Path) -> list[Any]:
+    """A run that can save the state of step 1, and then one rank's disk is full."""
+    import torch.distributed.checkpoint as dcp
+
+    def refuse_to_write(*_arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    run, original = (
+        new_run(folder, "grouped", save_every=1),
+        dcp.HuggingFaceStorageWriter.write_data,
+    )
+    steps = iter(run)
+    next(steps)
+    if not is_main():
+        dcp.HuggingFaceStorageWriter.write_data = refuse_to_write
+    try:
+        next(steps)
+    except OSError as error:
+        return [str(error), sorted(path.name for path in (folder / "states").iterdir())]
+    finally:
+        dcp.HuggingFaceStorageWriter.write_data = original
+    return ["nothing was raised", []]
+
+
 def refuse() -> str:
     """An error that rank 0 alone can know."""
 
@@ -179,6 +203,7 @@ def two(folder: Path) -> dict[str, Any]:
         "matrices, gradients, grouped": logits_and_gradients("grouped", tensor_parallel=2),
         "matrices, gradients, tied": logits_and_gradients("tied", tensor_parallel=2),
         "diverged": diverge(folder / "diverged"),
+        "full disk": full_disk(folder / "full disk"),
     }
 
 

@@ -324,6 +324,17 @@ def test_a_run_that_diverges_keeps_the_whole_batch(of_two, tmp_path):
     assert expected.startswith("Step 1: the loss is nan")
 
 
+@pytest.mark.slow
+def test_a_full_disk_of_one_rank_stops_all_and_keeps_the_state_before(of_two):
+    for rank in of_two:
+        message, states = rank["full disk"]
+        assert "000000002 could not be written by process 1" in message
+        assert "No space left on device" in message
+        assert "000000001" in states
+        assert "000000002" not in states
+    assert of_two[0]["full disk"][1] == ["000000001"]  # nor does rank 0 leave anything else
+
+
 # --- One that dies, and the command line ---------------------------------------------------------
 
 
