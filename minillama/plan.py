@@ -2,7 +2,7 @@
 
 Every number is a formula of the config, and is checked against what PyTorch really does: what
 autograd saves, what the FLOP counter counts, what the operating system says was resident.
-Used in notebooks/16_real_weights.ipynb, 18_lora.ipynb and 22_energy.ipynb.
+Used in notebooks/08_pretraining.ipynb and 19_distributed.ipynb.
 """
 
 import subprocess
@@ -196,7 +196,7 @@ def forward_flops(
 
     "2 FLOPs per parameter" (6 with the backward pass, which takes twice the forward's) is this
     without attention. Norms, RoPE and softmax are left out: they take next to nothing.
-    Source: Kaplan et al. 2020, sec. 2.1 (arXiv:2001.08361). Shown in notebooks/22_energy.ipynb.
+    Source: Kaplan et al. 2020, sec. 2.1 (arXiv:2001.08361).
     """
     matrices = block_matrix_parameters(config) + config.vocab_size * config.dim + lora_numbers
     return 2 * matrices * seq_len + _attention_flops(config, seq_len, causal)
@@ -255,8 +255,7 @@ def energy(gpu_hours: float, watts: float, pue: float = 1.1, kg_per_kwh: float =
     average of the United States, which the papers take for everybody; 0.057 is where BLOOM was
     trained. Making the machines is not counted.
 
-    Source: Touvron et al. 2023a, sec. 6 (arXiv:2302.13971). Built in
-    notebooks/22_energy.ipynb.
+    Source: Touvron et al. 2023a, sec. 6 (arXiv:2302.13971).
     """
     megawatt_hours = gpu_hours * watts * pue / 1e6
     return Energy(gpu_hours, megawatt_hours, megawatt_hours * kg_per_kwh)
@@ -279,7 +278,7 @@ def training_hours(tokens: float, tokens_per_second: float) -> float:
 class InferencePlan:
     """Bytes on one device for a model that reads and writes `batch_size` texts of `seq_len` tokens.
 
-    Raises ValueError for settings that cannot be. Used in notebooks/16_real_weights.ipynb.
+    Raises ValueError for settings that cannot be.
     """
 
     config: LlamaConfig
@@ -510,8 +509,9 @@ class TrainingPlan:
         first block  The same, when all other blocks have their gradients and no activations.
         update       All gradients are there, and no activation is left.
 
-        Where several micro-batches add up, the gradients stay throughout, and what is added comes
-        on top. On CPUs, a share of all that comes and goes lies unused in between (`HOLES`).
+        Where several micro-batches add up, the gradients stay throughout, and new ones vanish in
+        them; those of tied embeddings wait for each other, and with FSDP the head's for the end. On
+        CPUs, a share of all that comes and goes lies unused in between (`HOLES`).
         """
         config, training = self.config, self.training
         size, ranks = BYTES[self.dtype], self.tensor_parallel
@@ -527,8 +527,9 @@ class TrainingPlan:
         if not self.lora:
             block = 4 * block_matrix_parameters(config) // (config.n_layers * self.ranks)
             w2 = 4 * config.dim * config.hidden_dim // self.ranks
-            embeddings = head
+            embeddings = head // self.data_parallel
         summed = grown if training.accumulation > 1 else 0
+        waiting = head if self.data_parallel > 1 else embeddings * config.tie_embeddings
         added = embeddings * (config.tie_embeddings + (summed > 0))
 
         again = 0
@@ -543,13 +544,14 @@ class TrainingPlan:
                 + max(2 * first * word, (first + 2 * second) * word, first * word + head),
             },
             "last block": {
-                "gradients": summed + head + w2,
+                "gradients": summed + waiting if summed else head + w2,
                 "activations": config.n_layers * self._kept
                 + max(7 * stream, stream + wide + again),
             },
             "first block": {
-                "gradients": max(summed, grown - block - embeddings * (not config.tie_embeddings))
-                + w2,
+                "gradients": summed + waiting
+                if summed
+                else grown - block - embeddings + waiting + w2,
                 "activations": self._block + w2_output + stream + wide,
             },
             "update": {"gradients": grown + added, "activations": stream},
