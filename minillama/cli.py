@@ -6,6 +6,7 @@ Only the command that runs imports torch, so that --help answers at once.
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -37,6 +38,7 @@ FLAT = tyro.conf.arg(name="")
 # The recipe of the demo, and of the toy checkpoint that the notebooks show.
 TOY_TRAINING = TrainingConfig.preset("toy")
 CONFIG = "config.toml"  # of a run
+RANK = int(os.environ.get("RANK", "0"))  # among the processes that torchrun started: 0 speaks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +171,9 @@ class Pretrain:
     def _resumed(self) -> "PretrainingRun":
         from minillama.training.run import PretrainingRun
 
-        run = PretrainingRun.resume(self.out, _device(self.device), self.saving)
+        run = PretrainingRun.resume(
+            self.out, _device(self.device), self.saving, self.training.tensor_parallel
+        )
         for name, wanted, started in (
             ("model", self.model, run.model.config),
             ("training", self.training, run.config),
@@ -527,6 +531,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command. A mistake of the user ends it with one text and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.showwarning = _show_warning
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
     try:
         defaults = pretrain_defaults(arguments[1:]) if arguments[:1] == ["pretrain"] else Pretrain()
         command = tyro.cli(
@@ -548,6 +554,10 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
+        if RANK > 0:
+            time.sleep(
+                3
+            )  # if rank 0 has the same error, torchrun ends this one before it repeats it
         print(f"minillama: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -568,10 +578,10 @@ def _follow(
 
     from minillama.training.progress import Progress, curves
 
-    config, on_terminal = run.config, sys.stderr.isatty()
+    config, on_terminal = run.config, sys.stderr.isatty() and RANK == 0
     progress = Progress(run.model.config, config, run.model.tok_embeddings.weight.device)
     with (
-        curves(run.folder / "tensorboard", run.step, tensorboard) as draw,
+        curves(run.folder / "tensorboard", run.step, tensorboard and RANK == 0) as draw,
         tqdm(initial=run.step, total=config.steps, unit="step", disable=not on_terminal) as bar,
     ):
         print(
@@ -605,7 +615,9 @@ def _sample(run: "PretrainingRun", prompt: str) -> str:
 
     from minillama.generation import generate
 
-    model, limit = run.model, run.config.seq_len // 2
+    model, limit = run.whole_model(), run.config.seq_len // 2
+    if RANK > 0:
+        return ""
     with torch.compiler.set_stance("force_eager"):  # a text of every length would be compiled anew
         (completion,) = generate(
             model, run.tokenizer, [prompt], max_new_tokens=limit, temperature=0.8, seed=run.step
