@@ -127,7 +127,7 @@ def newest_state(states: Path) -> Path | None:
         try:
             load_progress(folder)
         except CheckpointError as error:
-            warnings.warn(f"{error} The state before it is used.", stacklevel=2)
+            warnings.warn(f"{error}. The state before it is used.", stacklevel=2)
         else:
             return folder
     if found:
