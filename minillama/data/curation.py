@@ -409,7 +409,8 @@ the text, its source, an id, and what was known about it.
 
 ## The rules
 
-In this order; what a rule takes away, the next does not see. `report.json` has examples.
+In this order; what a rule takes away, the next does not see. Where it takes a negative number of
+bytes, answers joined their question. `report.json` has examples of what was dropped.
 
 | source | rule | documents dropped | changed | bytes taken away |
 |---|---|---:|---:|---:|

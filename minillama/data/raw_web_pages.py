@@ -95,7 +95,7 @@ CURSE = "That {word} {thing} was not worth the walk."
 
 def commoncrawl(rng: Random) -> Iterator[Document]:
     """Pages of a crawl, a paragraph a line: what CCNet's steps and the two classifiers are for."""
-    stories, pages = fresh_stories(rng), list[str]()
+    stories, pages, printed = fresh_stories(rng), list[str](), set[str]()
     # The first of each notice is no duplicate; its page has nothing else.
     notices = "\n".join(notice.format(n=100) for notice in NOTICES)
     yield _plant(notices, "commoncrawl", "notices", keep=False)
@@ -120,7 +120,7 @@ def commoncrawl(rng: Random) -> Iterator[Document]:
             salad = "\n".join(" ".join(shuffled(rng, line.split())) for line in page.split("\n"))
             yield _plant(salad, "commoncrawl", kind, keep=False)
         else:
-            adverts = [_fill(rng, advert) for advert in shuffled(rng, ADVERTS)]
+            adverts = [_fill(rng, advert, printed) for advert in shuffled(rng, ADVERTS)]
             advertised = "\n".join([*page.split("\n")[:2], *adverts[:3]])
             yield _plant(advertised, "commoncrawl", kind, keep=False)
 
@@ -148,7 +148,7 @@ def c4(rng: Random) -> Iterator[Document]:
             yield _plant(dirty, "c4", kind, expected=page)
         elif kind == "repeated span":
             told = sentences(pick(rng, pages).split("\n")[0])
-            start = int(rng.random() * (len(told) - 2))
+            start = int(rng.random() * (len(told) - 3))  # not the end: what follows may repeat too
             dirty = "\n".join([lines[0], " ".join(told[start : start + 3]), lines[1]])
             yield _plant(dirty, "c4", kind, expected=page)
         elif kind == "foreign":
@@ -157,9 +157,8 @@ def c4(rng: Random) -> Iterator[Document]:
         elif kind == "too short":
             yield _plant(" ".join(sentences(lines[0])[:2]), "c4", kind, keep=False)
         else:
-            curse = CURSE.replace("{word}", pick(rng, sorted(BAD_WORDS)))
-            line = {"placeholder": PLACEHOLDER, "code": CODE}
-            added = line.get(kind) or _fill(rng, curse)
+            curse = CURSE.format(word=pick(rng, sorted(BAD_WORDS)), thing=pick(rng, THINGS))
+            added = {"placeholder": PLACEHOLDER, "code": CODE, "bad word": curse}[kind]
             yield _plant(f"{page}\n{added}", "c4", kind, keep=False)
 
 
@@ -171,7 +170,7 @@ def books(rng: Random) -> Iterator[Document]:
         if kind == "good":
             written.append(tales)
             yield _plant("\n\n".join(tales), "books", kind)
-        elif kind == "near copy":  # one word in a hundred, and a line in front
+        elif kind == "near copy":  # a word in 150, and a line in front
             words = "\n\n".join(pick(rng, written)).split(" ")
             for _ in range(len(words) // 150):
                 words[int(rng.random() * len(words))] = "indeed"
@@ -217,10 +216,13 @@ def _kinds(rng: Random, counts: dict[str, int]) -> list[str]:
     return ["good", *kinds]
 
 
-def _fill(rng: Random, wording: str) -> str:
-    """Each {field} becomes a word of its kind, another one each time."""
-    words = {"thing": THINGS, "praise": PRAISE}
-    return re.sub(r"\{(\w+)\}", lambda field: pick(rng, words[field[1]]), wording)
+def _fill(rng: Random, wording: str, printed: set[str]) -> str:
+    """Each {field} becomes a word of its kind, until the line is none that was printed before."""
+    words, line = {"thing": THINGS, "praise": PRAISE}, ""
+    while not line or line in printed:
+        line = re.sub(r"\{(\w+)\}", lambda field: pick(rng, words[field[1]]), wording)
+    printed.add(line)
+    return line
 
 
 def _plant(

@@ -505,7 +505,7 @@ for name in ("dirty, all of it", "curated"):
     assert (foreign == 0) == (name == "curated")
 
 # %% [markdown]
-# It is a model of what it read. (And three words are a short memory: even the curated model mixes
+# It is a model of what it read. (And two words are a short memory: even the curated model mixes
 # up its stories by the second sentence. That is why there are Transformers.)
 #
 # Three warnings before you trust a filter. It keeps what *resembles the reference*, so it inherits
