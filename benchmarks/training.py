@@ -19,6 +19,9 @@ import subprocess
 import sys
 import time
 
+from minillama.config import LlamaConfig
+from minillama.plan import forward_flops
+
 SHAPES = {
     "S": {"dim": 288, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "vocab_size": 32_000},
     "T": {"dim": 256, "n_layers": 8, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 2_048},
@@ -28,22 +31,26 @@ SEQ, HIDDEN = 256, 768
 CONTESTANTS = ["minillama", "minillama compiled", "transformers", "litgpt"]
 
 
+def config(shape: str) -> LlamaConfig:
+    return LlamaConfig(**SHAPES[shape], hidden_dim=HIDDEN, max_seq_len=SEQ, tie_embeddings=True)
+
+
 def contestant(name: str, shape: str) -> None:
     """Train as this contestant: each line read is a number of steps, each written its seconds."""
     import torch
 
-    from minillama.config import LlamaConfig, TrainingConfig
+    from minillama.config import TrainingConfig
     from minillama.data.packing import Batch
     from minillama.model import Llama
     from minillama.training import make_optimizer, train_step
 
-    config = LlamaConfig(**SHAPES[shape], hidden_dim=HIDDEN, max_seq_len=SEQ, tie_embeddings=True)
+    sizes = config(shape)
     training = TrainingConfig(learning_rate=3e-4)
     generator = torch.Generator().manual_seed(0)
-    llama = Llama(config, generator)
+    llama = Llama(sizes, generator)
 
     def batch() -> Batch:
-        ids = torch.randint(config.vocab_size, (BATCH[shape], SEQ + 1), generator=generator)
+        ids = torch.randint(sizes.vocab_size, (BATCH[shape], SEQ + 1), generator=generator)
         return Batch(ids[:, :-1], ids[:, 1:])
 
     start = time.perf_counter()
@@ -143,16 +150,6 @@ def peer(name: str, llama):  # type: ignore[no-untyped-def]
     return model
 
 
-def flops_per_token(shape: str) -> int:
-    """Forward and backward products of all matrices, and of causal attention's two."""
-    s = SHAPES[shape]
-    dim, kv_dim = s["dim"], s["dim"] * s["n_kv_heads"] // s["n_heads"]
-    layer = 2 * dim * dim + 2 * dim * kv_dim + 3 * dim * HIDDEN
-    weights = s["n_layers"] * layer + dim * s["vocab_size"]
-    attention = s["n_layers"] * 2 * dim * SEQ // 2  # scores and mixing, half of them masked
-    return 3 * 2 * (weights + attention)
-
-
 def limit() -> None:
     """The best rate of a float32 matrix product, in FLOP/s, asked for line by line."""
     import torch
@@ -198,11 +195,12 @@ def main() -> None:
         children[name].stdin.flush()
         return json.loads(children[name].stdout.readline())
 
+    flops_per_token = 3 * forward_flops(config(options.shape), SEQ) / SEQ
     tokens = options.steps * BATCH[options.shape] * SEQ
     rates: dict[str, list[float]] = {name: [] for name in names}
     peaks, limits = {}, []
     for _ in range(options.rounds):
-        limits.append(ask("limit", "go") / flops_per_token(options.shape))
+        limits.append(ask("limit", "go") / flops_per_token)
         for name in names:
             answer = ask(name, str(options.steps))
             rates[name].append(tokens / answer["seconds"])

@@ -151,7 +151,7 @@ JAPANESE = "川のそばの[[村]]には、'''年老いた熊'''と子どもた�
 def _linked(story: str) -> str:
     places = list(NOUN.finditer(story))[:3]
     for number, noun in reversed(list(enumerate(places))):
-        link = (f"[[{noun[0]}]]", f"[[The {noun[0]}|{noun[0]}]]", f"[https://toy.world {noun[0]}]")
+        link = (f"[[{noun[0]}]]", f"[[The {noun[0]}|{noun[0]}]]", f"[https://example.org {noun[0]}]")
         story = story[: noun.start()] + link[number] + story[noun.end() :]
     return story
 
@@ -298,7 +298,7 @@ def _paragraph(text: str) -> str:
 HTML: dict[str, Callable[[str], str]] = {
     "paragraph": _paragraph,
     "inline tags": lambda text: _paragraph(
-        NOUN.sub(r'<a href="https://toy.world/?q=\1&amp;n=1" title="a > b"><b>\1</b></a>', text)
+        NOUN.sub(r'<a href="https://example.org/?q=\1&amp;n=1" title="a > b"><b>\1</b></a>', text)
     ),
     "entities": lambda text: _paragraph(re.sub("[aeT]", lambda c: f"&#{ord(c[0])};", escape(text))),
     "white space": lambda text: _paragraph(text.replace(" ", "\n   ")),
