@@ -501,8 +501,8 @@ class TrainingPlan:
         """Bytes at the four moments that can be the worst, by what takes them.
 
         loss         All activations are there, and the fused loss works on the logits of 512
-                     tokens (float32: themselves, their exponentials, and the gradient of those
-                     before) beside the gradients of the head and of the stream.
+                     tokens (turned into their exponentials in place) beside the gradients of the
+                     head and of the stream.
         last block   Its backward pass has begun: the gradients of the head and of the stream, what
                      a checkpoint has the block compute again, and two tensors of the feed-forward
                      layer's width; or, before it, seven of the stream's for the last norm.
@@ -518,8 +518,9 @@ class TrainingPlan:
         stream = 4 * config.dim * self.tokens
         head = 4 * config.vocab_size * config.dim // ranks
         first = min(LOSS_ROWS, self.tokens)
-        second = min(LOSS_ROWS, self.tokens - first)
-        word = 4 * config.vocab_size // ranks  # bytes of one position's logits
+        logits = 4 * first * config.vocab_size // ranks
+        if size < 4:  # a copy for the product, and the product that is added to the gradient
+            logits += logits // 2 + head // 2
         wide = 2 * size * config.hidden_dim * self.tokens // ranks
         w2_output = size * config.dim * self.tokens if training.checkpointing == "selective" else 0
 
@@ -539,9 +540,7 @@ class TrainingPlan:
             "loss": {
                 "gradients": summed,
                 "activations": self.activations,
-                "loss": head
-                + stream
-                + max(2 * first * word, (first + 2 * second) * word, first * word + head),
+                "loss": head + stream + logits + 2 * 4 * first * config.dim,
             },
             "last block": {
                 "gradients": summed + waiting if summed else head + w2,

@@ -622,16 +622,16 @@ def shown(capsys, command: str) -> str:
 def test_training_7b_on_one_gpu_does_not_fit_and_the_command_says_what_does(capsys):
     text = shown(capsys, "llama2-7b --train --device-memory 80")
     assert "weights       25.1 GiB" in text
-    assert "peak         117.8 GiB   when the loss is computed" in text
+    assert "peak         117.6 GiB   when the backward pass begins" in text
     assert "It does not fit into the 80.0 GiB that are free" in text
-    assert "31.1 GiB   --lora 16\n" in text
-    assert "70.3 GiB   --data-parallel 2 --batch-size 2\n" in text
+    assert "30.9 GiB   --lora 16\n" in text
+    assert "70.1 GiB   --data-parallel 2 --batch-size 2\n" in text
 
 
 def test_what_the_command_proposes_does_fit(capsys):
     command = "llama2-7b --lora 8 --quantize nf4 --device-memory 16"
     text = shown(capsys, command)
-    assert "6.9 GiB   --checkpointing full\n" in text
+    assert "6.8 GiB   --checkpointing full\n" in text
     assert "It fits into the 16.0 GiB" in shown(capsys, f"{command} --checkpointing full")
 
 

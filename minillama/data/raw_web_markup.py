@@ -151,7 +151,8 @@ JAPANESE = "川のそばの[[村]]には、'''年老いた熊'''と子どもた�
 def _linked(story: str) -> str:
     places = list(NOUN.finditer(story))[:3]
     for number, noun in reversed(list(enumerate(places))):
-        link = (f"[[{noun[0]}]]", f"[[The {noun[0]}|{noun[0]}]]", f"[https://example.org {noun[0]}]")
+        word = noun[0]
+        link = (f"[[{word}]]", f"[[The {word}|{word}]]", f"[https://example.org {word}]")
         story = story[: noun.start()] + link[number] + story[noun.end() :]
     return story
 
