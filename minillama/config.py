@@ -227,7 +227,7 @@ class TrainingConfig:
     """How a model is trained: the papers' values, at the toy's sizes."""
 
     # Source: Touvron et al. 2023a, sec. 2.3, and 2023b, sec. 2.2 (AdamW's eps).
-    # Shown in notebooks/00_tour.ipynb.
+    # Shown in notebooks/08_pretraining.ipynb.
     steps: int = 2200  # optimiser steps
     batch_size: int = 8  # rows in one micro-batch, over all processes
     accumulation: int = 1  # micro-batches in one step; the update equals that of one big batch

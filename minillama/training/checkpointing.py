@@ -27,7 +27,7 @@ def checkpoint_activations(model: Llama, kind: str) -> None:
     The gradients are the same to the last bit: the same operations run on the same numbers.
     `minillama.plan` says how much each keeps. Raises ValueError for an unknown kind.
     Source: Touvron et al. 2023a, sec. 2.4; Chen et al. 2016 (arXiv:1604.06174).
-    Shown in notebooks/08_pretraining.ipynb.
+    Built in notebooks/08_pretraining.ipynb.
     """
     known_name("kind of activation checkpointing", kind, CHECKPOINTING)
     if kind == "none":

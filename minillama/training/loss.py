@@ -76,7 +76,7 @@ def fused_next_token_loss(
     a position go round instead of the logits.
 
     Can be differentiated once: the backward pass uses up what the forward pass kept.
-    Shown in notebooks/08_pretraining.ipynb.
+    Built in notebooks/08_pretraining.ipynb.
     """
     rows = rearrange(hidden, "batch seq dim -> (batch seq) dim")
     wanted = rearrange(targets, "batch seq -> (batch seq)")

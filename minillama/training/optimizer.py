@@ -14,7 +14,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
     pulling those towards zero would only rescale the stream.
 
     Source: Touvron et al. 2023a, sec. 2.3, and 2023b, sec. 2.2; Loshchilov & Hutter 2017
-    (arXiv:1711.05101). Shown in notebooks/00_tour.ipynb.
+    (arXiv:1711.05101). Built in notebooks/08_pretraining.ipynb.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -11,8 +11,8 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     Rises in a straight line to the peak at step `warmup_steps`, while AdamW's averages are still
     poor; then falls along a cosine to exactly `min_lr_ratio` of the peak at the last step.
 
-    Source: Touvron et al. 2023a, sec. 2.3 (arXiv:2302.13971). Shown in
-    notebooks/00_tour.ipynb.
+    Source: Touvron et al. 2023a, sec. 2.3 (arXiv:2302.13971). Built in
+    notebooks/08_pretraining.ipynb.
     """
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
