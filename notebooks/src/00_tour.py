@@ -472,7 +472,7 @@ print("exercise 3: correct")
 # | [6 · Llama](06_llama.ipynb) | the whole model, all sizes | `model/llama.py` | LLaMA, 2.2 |
 # | [7 · data](07_data.ipynb) | clean text out of a dirty web | `data/` | LLaMA, 2.1 |
 # | [8 · pretraining](08_pretraining.ipynb) | a run that survives | `training/` | LLaMA, 2.3 |
-# | [19 · many processes](19_distributed.ipynb) | one model, many machines | `training/` | LLaMA, 2.4 |
+# | [19 · many processes](19_distributed.ipynb) | one model, shared | `training/` | LLaMA, 2.4 |
 #
 # These are here. The following are still to come:
 #
