@@ -219,7 +219,7 @@ PRESETS: dict[str, LlamaConfig] = {
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-CHECKPOINTING = ("none", "full", "selective")
+CHECKPOINTING = ("none", "selective", "full")  # of activations, from the most memory to the least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,7 @@ class TrainingConfig:
     init_std: float = 0.1  # of the weights: 0.02 is for widths of thousands, small models need more
     seed: int = 0  # of the weights and of the order of the rows
     precision: str = "auto"  # of the products: float32, bfloat16; auto is bfloat16 on GPUs alone
-    checkpointing: str = "none"  # of activations: none, full, selective
+    checkpointing: str = "none"  # of activations: none, selective, full
     compile: bool = False  # torch.compile each block: half a minute first, faster steps then
     tensor_parallel: int = 1  # processes that share every matrix; the others share rows (torchrun)
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from minillama.config import PRESETS, LlamaConfig, TrainingConfig, known_name
+from minillama.config import CHECKPOINTING, PRESETS, LlamaConfig, TrainingConfig, known_name
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of one number
 OPTIMIZERS = {"adamw": 2, "sgd": 0}  # float32 numbers that are kept for each trained one
-CHECKPOINTING = ("none", "selective", "full")  # from the most memory to the least
 LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # of a block
 LOSS_ROWS = 512  # the fused loss holds the logits of so many tokens at a time
 # What glibc's malloc leaves unused between what a training step on a CPU allocates and frees, as

@@ -73,7 +73,7 @@ def test_no_bit_of_a_gradient_changes(kind):
 
 
 def test_each_kind_keeps_what_it_says():
-    (none, none_peak), (full, full_peak), (selective, selective_peak) = map(
+    (none, none_peak), (selective, selective_peak), (full, full_peak) = map(
         kept_and_peak, CHECKPOINTING
     )
     assert none > selective > full
