@@ -42,7 +42,7 @@ from minillama.training.state import (
     save_state,
     training_tensors,
 )
-from minillama.training.step import Diverged, StepStats, precision
+from minillama.training.step import Diverged, StepStats, compile_blocks, precision
 
 CONFIG, LOG, TOKENIZER, SIZES = "config.toml", "log.jsonl", "tokenizer.model", "sizes.json"
 HELD_OUT = "held_out"  # what no step learns from, among the sources in tokens/
@@ -206,8 +206,7 @@ class PretrainingRun:
                 model = Llama(model_config)
         checkpoint_activations(model, self.config.checkpointing)
         if self.config.compile:
-            for layer in model.layers:
-                layer.compile()
+            compile_blocks(model)
         if self._ranks.mesh is not None:
             shard(model, self._ranks, self._dtype, first)
         return model

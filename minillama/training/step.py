@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from minillama.data.packing import IGNORE, Batch
+from minillama.model import Llama
 from minillama.training.loss import batch_loss
 from minillama.training.parallel import add_up
 
@@ -31,6 +32,17 @@ class Diverged(ValueError):
     def __init__(self, message: str, micro_batches: Sequence[Batch]) -> None:
         super().__init__(message)
         self.micro_batches = micro_batches
+
+
+def compile_blocks(model: Llama) -> None:
+    """Have torch.compile fuse what lies between the matrix products of each block.
+
+    One block is compiled and serves all. Whatever takes more than one operation is computed once
+    and stored: inductor would else put the cosines of RoPE's angles into every loop that reads
+    them, anew for each head (4% of a small model's step).
+    """
+    for layer in model.layers:
+        layer.compile(options={"realize_opcount_threshold": 1})
 
 
 def train_step(
