@@ -6,9 +6,7 @@
 Each case is a process of its own, so that nobody else's memory is counted: resident bytes at the
 peak of a training step, or of loading a checkpoint and writing a token with it, less those before
 the model was made. S and T are the shapes of benchmarks/training.py. The bar is 10%.
-
-With activation checkpointing, freed memory goes back to the system (`return_freed_memory`). The
-last column shows what the same step takes where malloc keeps it. Linux only.
+Linux only.
 """
 
 import argparse
@@ -81,7 +79,7 @@ def measure(name: str, checkpoint: str) -> dict[str, float]:
     import torch
 
     from minillama.config import LlamaConfig, TrainingConfig
-    from minillama.plan import InferencePlan, TrainingPlan, return_freed_memory
+    from minillama.plan import InferencePlan, TrainingPlan
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     shape, settings = TRAINING.get(name, ("L", {}))
@@ -89,8 +87,6 @@ def measure(name: str, checkpoint: str) -> dict[str, float]:
         **SHAPES[shape], hidden_dim=HIDDEN[shape], max_seq_len=2048, tie_embeddings=True
     )
     training = TrainingConfig(learning_rate=1e-4, precision="float32", **settings)
-    if training.checkpointing != "none" and "KEEP_FREED_MEMORY" not in os.environ:
-        return_freed_memory()
     # Libraries and threads start with a step, or a word, of a model that takes nothing.
     tiny = TrainingConfig(batch_size=1, seq_len=16, learning_rate=1e-4)
     train(LlamaConfig.preset("tiny"), tiny, 1)
@@ -123,11 +119,9 @@ def save_checkpoint(folder: Path) -> Path:
     return folder / "checkpoint"
 
 
-def in_a_process(name: str, checkpoint: Path, **environment: str) -> dict[str, float]:
+def in_a_process(name: str, checkpoint: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", name, str(checkpoint)]
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment
-    )
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 
 
@@ -139,7 +133,7 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(*arguments.measure)))
         return
-    print(f"{'MB resident':<14}{'planned':>9}{'measured':>10}{'ratio':>8}{'if kept':>9}")
+    print(f"{'MB resident':<14}{'planned':>9}{'measured':>10}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.cases or (*TRAINING, *LOADING):
             checkpoint = Path(folder) / "checkpoint"
@@ -147,12 +141,8 @@ def main() -> None:
                 save_checkpoint(Path(folder))
             found = in_a_process(name, checkpoint)
             planned, measured = found["planned"] / 1e6, found["measured"] / 1e6
-            kept = ""
-            if name in TRAINING and "checkpointing" in TRAINING[name][1]:
-                other = in_a_process(name, checkpoint, KEEP_FREED_MEMORY="1")
-                kept = f"{other['measured'] / 1e6:.0f}"
             ratio = planned / measured
-            print(f"{name:<14}{planned:>9.0f}{measured:>10.0f}{ratio:>8.2f}{kept:>9}", flush=True)
+            print(f"{name:<14}{planned:>9.0f}{measured:>10.0f}{ratio:>8.2f}", flush=True)
 
 
 if __name__ == "__main__":

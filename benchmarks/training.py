@@ -43,6 +43,8 @@ def contestant(name: str, shape: str) -> None:
     from minillama.data.packing import Batch
     from minillama.model import Llama
     from minillama.training import make_optimizer, train_step
+    from minillama.training.checkpointing import checkpoint_activations
+    from minillama.training.step import compile_blocks
 
     sizes = config(shape)
     training = TrainingConfig(learning_rate=3e-4)
@@ -56,8 +58,8 @@ def contestant(name: str, shape: str) -> None:
     start = time.perf_counter()
     if name.startswith("minillama"):
         if name.endswith("compiled"):
-            for layer in llama.layers:
-                layer.compile()
+            compile_blocks(llama)
+        checkpoint_activations(llama, training.checkpointing)  # none
         optimizer = make_optimizer(llama, training)
 
         def step() -> float:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import (
 
 from minillama.config import CHECKPOINTING, known_name
 from minillama.model import Llama
-from minillama.plan import return_freed_memory
+from minillama.plan import keep_freed_memory, return_freed_memory
 
 
 def checkpoint_activations(model: Llama, kind: str) -> None:
@@ -31,9 +31,9 @@ def checkpoint_activations(model: Llama, kind: str) -> None:
     """
     known_name("kind of activation checkpointing", kind, CHECKPOINTING)
     if kind == "none":
+        keep_freed_memory()
         return
-    if next(model.parameters()).device.type != "cuda":
-        return_freed_memory()  # else the process keeps what the blocks have forgotten
+    return_freed_memory()  # else the process keeps what the blocks have forgotten
     run = partial(checkpoint, use_reentrant=False)
     if kind == "selective":
         run = partial(run, context_fn=partial(create_selective_checkpoint_contexts, _policy))
