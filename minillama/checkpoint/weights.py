@@ -1,0 +1,155 @@
+"""A checkpoint before it is read: its config, and where each of its tensors comes from.
+
+The reader of a format makes a `Checkpoint` out of headers alone; `load` and the writers then take
+it tensor by tensor. So no weights are ever held twice, and any format becomes any other.
+"""
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from minillama.checkpoint.folder import CheckpointError
+from minillama.config import LlamaConfig
+from minillama.model import Llama
+from minillama.tokenizer import Tokenizer
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint that has not been read yet.
+
+    `read()` gives it: a view of a file that is mapped into memory, or computed from such views. A
+    view may be written to; the file stays as it is. `release()` returns the memory of the mapped
+    pages to the system, for who is done with the view or has copied it; the next `read()` maps them
+    again, as they are in the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    release: Callable[[], None] = _nothing
+
+
+def map_file(path: Path) -> UInt8[Tensor, " n"]:
+    """The bytes of a file, mapped: they are read when they are used, and writes stay in memory."""
+    n_bytes = path.stat().st_size
+    if n_bytes == 0:  # which cannot be mapped
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.from_file(str(path), shared=False, size=n_bytes, dtype=torch.uint8)
+
+
+def in_file(
+    file: UInt8[Tensor, " n"], start: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Stored:
+    """The tensor that lies row by row from byte `start` on in a file mapped by `map_file`.
+
+    The caller has checked that it ends within the file.
+    """
+    stop = start + torch.Size(shape).numel() * dtype.itemsize
+    raw = file[start:stop]
+
+    def read() -> Tensor:
+        # A processor may refuse numbers at odd addresses; a copy lies at an even one.
+        aligned = raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()
+        return aligned.view(dtype).view(shape)
+
+    return Stored(shape, dtype, read, lambda: release_pages(raw))
+
+
+def computed(
+    sources: list[Stored],
+    function: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+) -> Stored:
+    """What `function` makes of the tensors of `sources`; theirs is the dtype, if not said.
+
+    The result must be a copy: the sources' memory is released as soon as it is there.
+    """
+
+    def read() -> Tensor:
+        result = function(*(source.read() for source in sources))
+        for source in sources:
+            source.release()
+        return result
+
+    return Stored(shape, dtype or sources[0].dtype, read)
+
+
+def release_pages(mapped: Tensor) -> None:
+    """Return the memory of the whole pages within a view of a mapped file to the system.
+
+    Only of a view of `map_file` or of ``torch.load(mmap=True)``: those pages can be read again,
+    where other memory would come back as zeros. Pages that it shares with a neighbour are left.
+    Windows trims what is mapped by itself, and has no such call.
+    """
+    if sys.platform == "win32":
+        return
+    start = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < stop:
+        address, length = ctypes.c_void_p(start), ctypes.c_size_t(stop - start)
+        ctypes.CDLL(None).madvise(address, length, mmap.MADV_DONTNEED)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model and what comes with it, in any format, before the weights are read.
+
+    `weights` are under Meta's names and in Meta's order of the rows of wq and wk; a tied head has
+    no `output.weight`. `tokenizer` opens the tokenizer that comes with them; None if none does.
+
+    Raises CheckpointError, naming `path`, unless names, shapes and dtypes make a model of `config`.
+    """
+
+    config: LlamaConfig
+    weights: Mapping[str, Stored]
+    tokenizer: Callable[[], Tokenizer] | None
+    path: Path
+
+    def __post_init__(self) -> None:
+        found = {name: stored.shape for name, stored in self.weights.items()}
+        if self.config.n_layers > len(found):
+            raise CheckpointError(
+                f"{self.path}: the config has {self.config.n_layers} layers, but there are only "
+                f"{len(found)} tensors. They belong to different models, or files are missing."
+            )
+        needed = parameter_shapes(self.config)
+        if self.config.tie_embeddings:
+            del needed["output.weight"]
+        if needed != found:
+            wrong = sorted(needed.items() ^ found.items())
+            name = wrong[0][0]
+            raise CheckpointError(
+                f"{self.path}: the config and the weights disagree about {name}: the config needs "
+                f"{needed.get(name, 'no such tensor')}, the file has {found.get(name, 'none')} "
+                f"({len({name for name, _ in wrong})} tensors differ). They belong to different "
+                f"models."
+            )
+        for name, stored in self.weights.items():
+            if not stored.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{self.path}: {name} is of {stored.dtype}, which no weight can be."
+                )
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a model of this config, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in empty_llama(config).state_dict().items()}
+
+
+def empty_llama(config: LlamaConfig) -> Llama:
+    """A model whose parameters have shapes and no memory."""
+    with torch.device("meta"):
+        return Llama(config)
