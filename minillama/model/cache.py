@@ -1,5 +1,7 @@
 """The KV cache: keys and values of the tokens already read, so that none is read twice."""
 
+from copy import copy
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -62,6 +64,24 @@ class KVCache:
     def advance(self, seq: int) -> None:
         """Count the tokens that every layer has appended."""
         self.lengths = [length + seq for length in self.lengths]
+
+    def part(self, first: int, last: int) -> "KVCache":
+        """The rows from `first` to before `last` as a cache that shares this one's memory.
+
+        Its lengths are its own: what is read through it is to be counted here, too.
+        """
+        part = copy(self)
+        part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
+        part.lengths = self.lengths[first:last]
+        return part
+
+    def move(self, source: int, target: int) -> None:
+        """Put one row in the place of another, whose text is forgotten; `source` is then empty."""
+        length = self.lengths[source]
+        for stored in (self.keys, self.values):
+            stored[:, target, :, :length] = stored[:, source, :, :length]
+        self.lengths[target] = length
+        self.lengths[source] = 0
 
     def keep(self, rows: list[int]) -> None:
         """Forget all rows but these: a finished row need not be computed any further."""

@@ -100,6 +100,32 @@ def test_padded_rows_give_what_each_gives_alone(lengths, steps, padding):
         assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_part_shares_the_memory_but_not_the_lengths():
+    tokens = random_tokens(CONFIG, batch=1, seq=7)
+    cache = cache_of([3, 0, 5])
+    part = cache.part(1, 2)
+    MODEL(tokens, part)
+    assert (part.lengths, cache.lengths) == ([7], [3, 0, 5])
+    assert cache.keys[:, 1, :, :7].all()
+    assert not cache.keys[:, [0, 2]].any()
+
+
+def test_a_row_that_is_moved_goes_on_where_it_was():
+    tokens = random_tokens(CONFIG, batch=3, seq=7)
+    cache = KVCache(CONFIG, batch=3, max_len=8)
+    MODEL(tokens[:, :6], cache)
+    cache.move(2, 0)
+    assert cache.lengths == [6, 6, 0]
+    last = MODEL(tokens[[2, 1], 6:], cache.part(0, 2))[:, 0]
+    assert_close(last, MODEL(tokens)[[2, 1], -1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_in_its_own_place_is_emptied():
+    cache = cache_of([3, 5])
+    cache.move(1, 1)
+    assert cache.lengths == [3, 0]
+
+
 def test_keep_forgets_the_other_rows():
     tokens = random_tokens(CONFIG, batch=3, seq=7)
     cache = KVCache(CONFIG, batch=3, max_len=8)
