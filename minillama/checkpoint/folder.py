@@ -48,8 +48,28 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def replacing_file(file: Path) -> Iterator[Path]:
+    """A new file to write; at the end it takes the place of `file`, or nothing has changed.
+
+    As `replacing`, for formats that are a single file and have no place for sums.
+    Raises CheckpointError if `file` is a folder.
+    """
+    if file.is_dir():
+        raise CheckpointError(f"{file} is a folder, and a file is to be written. Name one in it.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = unfinished(file)
+    try:
+        yield new
+        _flush(new)
+        new.replace(file)
+        _flush(file.parent)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def unfinished(folder: Path) -> Path:
-    """Where a folder is written before it takes its place."""
+    """Where a folder, or a file, is written before it takes its place."""
     return folder.with_name(f".{folder.name}.new")
 
 
