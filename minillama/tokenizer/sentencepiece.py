@@ -1,4 +1,4 @@
-"""The tokenizer to use: SentencePiece's C++ encoder and trainer, with LLaMA's settings."""
+"""tokenizer.model: SentencePiece's C++ encoder and trainer, with LLaMA's settings."""
 
 import io
 import os
@@ -8,55 +8,53 @@ from collections.abc import Iterable
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from .bpe import lines_of, too_large, too_small
-from .vocabulary import Vocabulary, fields_of, naming, read_model, utf8
+from .tokenizer import Tokenizer
+from .vocabulary import Kind, StreamDecoder, Vocabulary, fields_of, naming, read_model, utf8
 
 
-class Tokenizer(Vocabulary):
-    """Text to ids and back, as LLaMA does it.
-
-    >>> tok = Tokenizer("tokenizer.model")
-    >>> tok.encode("Hello world", bos=True)
-    [1, 15043, 3186]
-
-    `decode(encode(text)) == text` for all of Unicode but U+2581 (▁): it stands for a space inside
-    the pieces and comes back as one. (A vocabulary with `squeeze_spaces` loses spaces, too.)
-    Control pieces come from ``bos`` and ``eos`` only. A text that says "</s>" is spelled out, so no
-    text can end a sequence.
-    There is no padding piece, `pad_id` is -1: pad with any id and mask it, and never look -1 up in
-    an embedding, where it means the last row.
+class SentencePieceTokenizer(Tokenizer, Vocabulary):
+    """A `Tokenizer` from a tokenizer.model, encoded by SentencePiece's own C++.
 
     Raises OSError or ValueError, with the file's name and the way out, for a file that is missing,
     damaged or not of LLaMA's kind: byte-pair encoding, ids 0-2 `<unk> <s> </s>`, 3-258 the bytes,
     text taken as it is.
-    Source: LLaMA (arXiv:2302.13971), sec. 2.1; Llama 2 (arXiv:2307.09288), sec. 2.2.
     Built in notebooks/01_tokenizer.ipynb.
     """
 
+    adds_bos = True
+    file_name = "tokenizer.model"
     _content: bytes
     _processor: SentencePieceProcessor
 
-    def __init__(self, model: str | os.PathLike[str] | bytes) -> None:
+    def __init__(self, source: str | os.PathLike[str] | bytes) -> None:
         """Open a .model file, or the content of one."""
-        with naming("this model" if isinstance(model, bytes) else os.fspath(model)):
-            content = model if isinstance(model, bytes) else read_model(model)
-            super().__init__(**fields_of(content))
+        with naming("this model" if isinstance(source, bytes) else os.fspath(source)):
+            content = source if isinstance(source, bytes) else read_model(source)
+            Vocabulary.__init__(self, **fields_of(content))
             try:
                 processor = SentencePieceProcessor(model_proto=content)
             except (RuntimeError, OSError) as error:
                 raise ValueError(f"SentencePiece refuses it ({error}). Copy it again.") from None
-        vars(self).update(_content=content, _processor=processor)  # the way into a frozen class
+        pairs = enumerate(zip(self.pieces, self.kinds, strict=True))
+        control = {piece: i for i, (piece, kind) in pairs if kind is Kind.CONTROL}
+        # The way into a frozen class.
+        vars(self).update(_content=content, _processor=processor, special_ids=control)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """The same as ``Tokenizer(path)``."""
+    def load(cls, path: str | os.PathLike[str]) -> "SentencePieceTokenizer":
+        """The same as ``SentencePieceTokenizer(path)``."""
         return cls(path)
 
     @classmethod
-    def from_proto(cls, model: bytes) -> "Tokenizer":
-        """The same as ``Tokenizer(model)``."""
+    def from_proto(cls, model: bytes) -> "SentencePieceTokenizer":
+        """The same as ``SentencePieceTokenizer(model)``."""
         return cls(model)
 
     def to_proto(self) -> bytes:
+        """The same as `to_bytes`."""
+        return self._content
+
+    def to_bytes(self) -> bytes:
         """The content of the model file, byte for byte as it was read."""
         return self._content
 
@@ -77,13 +75,14 @@ class Tokenizer(Vocabulary):
         rows = self._processor.encode(batch, num_threads=threads)
         return [self._framed(ids, bos, eos) for ids in rows]
 
-    def _framed(self, ids: list[int], bos: bool, eos: bool) -> list[int]:
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+    def decoder(self) -> StreamDecoder:
+        """A fresh decoder for a stream of ids; what it returns adds up to `decode(ids)`."""
+        return StreamDecoder(self)
 
 
 def train_tokenizer(
     text: str | Iterable[str], vocab_size: int, character_coverage: float = 0.99995
-) -> Tokenizer:
+) -> SentencePieceTokenizer:
     """Learn a vocabulary with the settings that LLaMA's own tokenizer.model records.
 
     ``text`` is one string or many; it is learned line by line, and no line is too long. The same
@@ -120,4 +119,4 @@ def train_tokenizer(
         if limit := re.search(r"Vocabulary size too high .* <= (\d+)", str(error)):
             raise too_large(vocab_size, int(limit[1])) from None
         raise ValueError(f"SentencePiece's trainer refuses these settings: {error}") from None
-    return Tokenizer(content.getvalue())
+    return SentencePieceTokenizer(content.getvalue())

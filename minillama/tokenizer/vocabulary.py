@@ -1,7 +1,7 @@
 """What a tokenizer.model holds: the pieces with their ids, and the way from ids back to text.
 
-The two encoders of this package, `BPE` and `Tokenizer`, share this base and differ in who does the
-merging: a page of Python or SentencePiece's C++.
+Two encoders of this package, `BPE` and `SentencePieceTokenizer`, share this base and differ in who
+does the merging: a page of Python or SentencePiece's C++.
 """
 
 import codecs
@@ -63,9 +63,9 @@ class Vocabulary:
     # Runs of spaces become one, outer spaces vanish. Off in LLaMA, on in stories260K.
     squeeze_spaces: bool = False
     unk_surface: str = " ⁇ "  # what <unk> decodes to
+    eos_id: int = 2  # </s>; a chat model may end its answers with another control piece
 
     bos_id: ClassVar[int] = 1
-    eos_id: ClassVar[int] = 2
     pad_id: ClassVar[int] = -1  # LLaMA has none; as an index, -1 would read the last embedding
 
     def __post_init__(self) -> None:
@@ -90,6 +90,10 @@ class Vocabulary:
             raise ValueError("a piece is empty or stands in the list twice.")
         if not all(map(math.isfinite, self.scores)):
             raise ValueError("a score is not a finite number, so the merges have no order.")
+        if not 0 <= self.eos_id < len(self.kinds) or self.kinds[self.eos_id] is not Kind.CONTROL:
+            raise ValueError(
+                f"eos_id is {self.eos_id}, which is no control piece: a text could end itself."
+            )
 
     @classmethod
     def load(cls: type[V], path: str | os.PathLike[str]) -> V:
@@ -112,6 +116,8 @@ class Vocabulary:
         trainer.model_type, trainer.vocab_size = trainer.BPE, len(self.pieces)
         trainer.byte_fallback = trainer.split_digits = trainer.allow_whitespace_only_pieces = True
         trainer.unk_surface = self.unk_surface
+        if self.eos_id != Vocabulary.eos_id:
+            trainer.eos_id, trainer.eos_piece = self.eos_id, self.pieces[self.eos_id]
         normalizer.name, normalizer.add_dummy_prefix = "identity", self.dummy_prefix
         normalizer.remove_extra_whitespaces = self.squeeze_spaces
         return model.SerializeToString(deterministic=True)
@@ -162,13 +168,8 @@ class StreamDecoder:
 
     def push(self, token_id: SupportsIndex) -> str:
         """The text that this id makes certain; may be ''. ValueError for an id out of range."""
-        i, tok = index(token_id), self._tok
-        if not 0 <= i < tok.vocab_size:
-            raise ValueError(
-                f"token id {i} is not in the vocabulary, whose ids run from 0 to "
-                f"{tok.vocab_size - 1}. Drop padding (-1) before decoding; a larger id comes from "
-                f"a model with another tokenizer."
-            )
+        tok = self._tok
+        i = in_vocabulary(token_id, tok.vocab_size)
         kind = tok.kinds[i]
         if kind is Kind.BYTE:
             self._at_start = False
@@ -192,6 +193,18 @@ def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("replace_each_byte", _replace_each_byte)
+
+
+def in_vocabulary(token_id: SupportsIndex, vocab_size: int) -> int:
+    """The id as an int; ValueError if no piece has it."""
+    i = index(token_id)
+    if not 0 <= i < vocab_size:
+        raise ValueError(
+            f"token id {i} is not in the vocabulary, whose ids run from 0 to {vocab_size - 1}. "
+            f"Drop padding (-1) before decoding; a larger id comes from a model with another "
+            f"tokenizer."
+        )
+    return i
 
 
 def utf8(text: str) -> bytes:
@@ -230,7 +243,7 @@ def read_model(path: str | os.PathLike[str]) -> bytes:
     elif start.startswith(b"version https://git-lfs"):
         what = "it is a Git LFS pointer, not the file itself. Fetch it with git lfs pull"
     elif start[:1] in b"{[":
-        what = "it is JSON. Take tokenizer.model, not tokenizer.json, from the same place"
+        what = "it is JSON. `Tokenizer` opens a tokenizer.json; here, take tokenizer.model"
     else:
         what = "it starts with other bytes. Give the tokenizer.model that came with the weights"
     raise ValueError(f"it is no SentencePiece model: {what}.")
@@ -270,6 +283,8 @@ def fields_of(model: bytes) -> dict[str, Any]:
         )
     if not all(isinstance(text, str) for text in (*pieces, trainer.unk_surface)):
         raise ValueError("a piece is not valid UTF-8, so the file is damaged. Copy it again.")
+    if trainer.eos_piece not in pieces:
+        raise ValueError(f"it ends texts with {trainer.eos_piece!r}, and has no such piece.")
     return {
         "pieces": pieces,
         "scores": tuple(p.score for p in proto.pieces),
@@ -277,6 +292,7 @@ def fields_of(model: bytes) -> dict[str, Any]:
         "dummy_prefix": normalizer.add_dummy_prefix,
         "squeeze_spaces": normalizer.remove_extra_whitespaces,
         "unk_surface": trainer.unk_surface,
+        "eos_id": pieces.index(trainer.eos_piece),
     }
 
 

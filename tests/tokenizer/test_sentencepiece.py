@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from sentencepiece import SentencePieceTrainer
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from texts import TEXT, for_many, texts
 
-from minillama.tokenizer import BPE, Tokenizer, train_tokenizer
+from minillama.tokenizer import BPE, SentencePieceTokenizer, Tokenizer, train_tokenizer
 from minillama.tokenizer.vocabulary import utf8
 
 
@@ -137,7 +138,26 @@ def test_the_file_is_kept_byte_for_byte(tok, tmp_path):
     for again in (Tokenizer(path), Tokenizer(str(path)), Tokenizer(path.read_bytes())):
         assert again == tok
         assert again.to_proto() == tok.to_proto()
-    assert Tokenizer.load(path) == Tokenizer.from_proto(tok.to_proto()) == tok
+    assert Tokenizer.load(path) == SentencePieceTokenizer.from_proto(tok.to_proto()) == tok
+    assert SentencePieceTokenizer.load(path) == pickle.loads(pickle.dumps(tok)) == tok
+    assert (tok.file_name, tok.to_bytes()) == ("tokenizer.model", tok.to_proto())
+
+
+def test_control_pieces_are_known_by_name(tok):
+    assert tok.special_ids == {"<s>": 1, "</s>": 2}
+    assert (tok.bos_id, tok.eos_id, tok.pad_id, tok.adds_bos) == (1, 2, -1, True)
+
+
+def test_a_chat_model_may_end_its_answers_with_a_piece_of_its_own(tok):
+    def extend(proto):
+        proto.pieces.add(piece="<|im_end|>", score=0.0, type=proto.SentencePiece.CONTROL)
+        proto.trainer_spec.eos_piece = "<|im_end|>"
+
+    chat = Tokenizer(changed(tok.to_proto(), extend))
+    assert chat.eos_id == chat.special_ids["<|im_end|>"] == 600
+    assert chat.encode("the llama", eos=True) == [*tok.encode("the llama"), 600]
+    assert BPE.from_proto(chat.to_proto()).eos_id == 600
+    assert Tokenizer(BPE.from_proto(chat.to_proto()).to_proto()).eos_id == 600
 
 
 def test_the_real_file_is_kept_byte_for_byte(llama2, tmp_path):
@@ -195,7 +215,7 @@ def test_a_missing_file_is_named(tmp_path, cls):
         (b"\nWhat a nice text file.\n", "damaged or is no SentencePiece model"),
     ],
 )
-@pytest.mark.parametrize("cls", [Tokenizer, BPE])
+@pytest.mark.parametrize("cls", [SentencePieceTokenizer, BPE])
 def test_a_file_that_is_no_model_is_named(tmp_path, cls, content, message):
     path = tmp_path / "some.model"
     path.write_bytes(content)
@@ -216,6 +236,11 @@ def test_a_file_that_is_no_model_is_named(tmp_path, cls, content, message):
         (
             lambda _: trained_otherwise(treat_whitespace_as_suffix=True),
             "treat_whitespace_as_suffix",
+        ),
+        (lambda m: changed(m, lambda p: setattr(p.trainer_spec, "eos_piece", "END")), "'END', and"),
+        (
+            lambda m: changed(m, lambda p: setattr(p.trainer_spec, "eos_piece", "▁llama")),
+            "is no control piece: a text could end itself",
         ),
         (lambda m: changed(m, lambda p: p.pieces.pop()), "holds 599 pieces but should hold 600"),
         (lambda m: m.replace("▁llama".encode(), b"\xff\xff\xffllama"), "not valid UTF-8"),
