@@ -70,6 +70,7 @@ def fused_next_token_loss(
     and their gradient as much again. Here they exist for `chunk` positions at a time; the gradient
     of the loss with respect to them, softmax(logits) - one_hot(target), is known at once, so it is
     multiplied back to `hidden` and `weight` in the forward pass and nothing is kept but these two.
+    What needs no gradient gets none: under a frozen head (LoRA) that is a third of the products.
 
     With a `group` the words are dealt out among its ranks, equally many to each: `weight` is this
     rank's part, and the gradient of `hidden` is the part that these words contribute. Two numbers
@@ -102,7 +103,9 @@ class _FusedLoss(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> Float[Tensor, ""]:
         total = torch.zeros((), device=hidden.device)
-        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        hidden_grad, weight_grad = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight)
         for start in range(0, len(hidden), chunk):
             now = slice(start, start + chunk)
             logits = hidden[now] @ weight.T
@@ -121,7 +124,9 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, grad: Float[Tensor, ""]):  # type: ignore[no-untyped-def]
         hidden_grad, weight_grad = ctx.saved_tensors
         # In place: a second copy of the vocabulary's gradient is what this class is there to avoid.
-        return hidden_grad.mul_(grad), weight_grad.mul_(grad), None, None, None
+        if weight_grad is not None:
+            weight_grad.mul_(grad)
+        return hidden_grad.mul_(grad), weight_grad, None, None, None
 
 
 def _add_gradients(
@@ -129,7 +134,7 @@ def _add_gradients(
     hidden: Float[Tensor, "rows dim"],
     weight: Float[Tensor, "words dim"],
     hidden_grad: Float[Tensor, "rows dim"],
-    weight_grad: Float[Tensor, "words dim"],
+    weight_grad: Float[Tensor, "words dim"] | None,
 ) -> Float[Tensor, ""]:
     """The loss of a few rows; `hidden_grad` is filled, and to `weight_grad` their part is added.
 
@@ -141,6 +146,8 @@ def _add_gradients(
     exp, own = logits.exp.to(hidden.dtype), logits.own.to(hidden.dtype)
     torch.mul(exp @ weight, logits.scale, out=hidden_grad)
     hidden_grad -= own * weight[logits.target]
+    if weight_grad is None:
+        return logits.loss
     scaled = hidden * logits.scale.to(hidden.dtype)
     if torch.is_autocast_enabled(hidden.device.type):
         weight_grad += exp.T @ scaled  # the product in bfloat16, the sum in float32

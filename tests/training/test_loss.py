@@ -77,6 +77,32 @@ class LargestTensor(TorchDispatchMode):
         return made
 
 
+class Operations(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_frozen_head_changes_no_bit_and_costs_no_product():
+    hidden, weight, targets = inputs(dtype=torch.float32)
+    found, products = [], []
+    for trained in (True, False):
+        with Operations() as operations:
+            loss = fused_next_token_loss(hidden, weight.requires_grad_(trained), targets, 4)
+            gradients = torch.autograd.grad(loss, (hidden, weight) if trained else (hidden,))
+        found.append((loss.detach(), gradients[0]))
+        products.append(sum(name.startswith(("mm", "addmm")) for name in operations.names))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert products == [18, 12]  # of 6 chunks: logits, gradient of hidden, gradient of weight
+
+
 @pytest.mark.parametrize("with_gradients", [True, False])
 def test_the_logits_of_the_whole_batch_never_exist(with_gradients):
     rows, vocab = 4 * 64, 2000
