@@ -1,26 +1,28 @@
-"""Weights on disk: `load` recognises a format by its content, `save` writes our own."""
+"""Weights on disk: `load` recognises a format by its content, `save` writes any of them."""
 
 import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from minillama.checkpoint.folder import CheckpointError, interrupted_save
 from minillama.checkpoint.llama2c import load_llama2c, load_tokenizer_bin
-from minillama.checkpoint.native import (
-    TOKENIZER,
+from minillama.checkpoint.native import open_native, save_native
+from minillama.checkpoint.weights import (
+    Checkpoint,
     check_room,
     check_vocabulary,
-    load_native,
-    model_from,
-    save_native,
+    checkpoint_of,
+    llama_from,
+    main_dtype,
 )
-from minillama.config import LlamaConfig
+from minillama.config import LlamaConfig, known_name
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["CheckpointError", "load", "load_config", "load_tokenizer", "save"]
+__all__ = ["CheckpointError", "load", "load_config", "load_tokenizer", "open_checkpoint", "save"]
+
+WRITERS = {"native": save_native}
 
 
 def load(
@@ -31,41 +33,64 @@ def load(
 ) -> tuple[Llama, Tokenizer]:
     """A model and its tokenizer from a checkpoint of any format that minillama reads.
 
-    `path` is a folder that `save` wrote, or a .bin of llama2.c (legacy or v1). `tokenizer` names a
-    tokenizer.model or a llama2.c tokenizer.bin, where none lies beside the weights. `dtype`
-    converts the weights; None leaves them as stored.
+    `path` is what `open_checkpoint` takes. `tokenizer` names a tokenizer.model or a llama2.c
+    tokenizer.bin, where none comes with the weights. `dtype` converts the weights; None leaves them
+    in the one in which most of them are stored, and on a CPU mapped into memory: they are read from
+    the file when they are used, and a model of many gigabytes opens at once.
 
     Raises FileNotFoundError, or CheckpointError (a ValueError) that names the file, if something is
     missing, damaged, or does not fit together; ValueError, with numbers and ways out, if there is
-    too little free memory. Shown in notebooks/00_tour.ipynb.
+    too little free memory. Shown in notebooks/16_real_weights.ipynb.
     """
-    path = Path(path)
-    config, weights = _read(path)
-    if tokenizer is None:
-        tokenizer = path / TOKENIZER if path.is_dir() else _beside(path)
-    tok = load_tokenizer(tokenizer)
-    check_vocabulary(config, tok)
-    if dtype is not None or torch.device(device).type != "cpu":
-        check_room(config, dtype or weights["norm.weight"].dtype, device)
-    return model_from(config, weights, path).to(device=device, dtype=dtype), tok
+    checkpoint = open_checkpoint(path)
+    tok = _tokenizer(checkpoint, tokenizer)
+    check_vocabulary(checkpoint.config, tok)
+    check_room(checkpoint.config, dtype or main_dtype(checkpoint), device)
+    return llama_from(checkpoint, device, dtype), tok
 
 
 def load_config(path: str | os.PathLike[str]) -> LlamaConfig:
-    """The sizes of the model in a checkpoint of any format that `load` reads."""
-    return _read(Path(path))[0]
+    """The sizes of the model in a checkpoint of any format that `load` reads; no weight is read."""
+    return open_checkpoint(path).config
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """A checkpoint of any format, recognised by its content; its weights are not read.
+
+    Raises FileNotFoundError, or CheckpointError, naming the file, for what cannot be one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return open_native(path)
+    if path.is_file():
+        config, weights = load_llama2c(path)
+        weights = {
+            n: w for n, w in weights.items() if n != "output.weight" or not config.tie_embeddings
+        }
+        from minillama.checkpoint.weights import _in_memory
+
+        return Checkpoint(config, {n: _in_memory(w) for n, w in weights.items()}, None, path)
+    if earlier := interrupted_save(path):
+        raise FileNotFoundError(
+            f"There is no {path}: its last save was cut off. {earlier} is the checkpoint before "
+            f"it; rename it to {path.name}."
+        )
+    raise FileNotFoundError(
+        f"There is no {path}. A checkpoint is a folder that minillama saved, or a .bin file of "
+        f"llama2.c; `minillama demo` makes one in runs/demo/checkpoint."
+    )
 
 
 def save(
-    folder: str | os.PathLike[str], model: Llama, tokenizer: Tokenizer, format: str = "native"
+    path: str | os.PathLike[str], model: Llama, tokenizer: Tokenizer, format: str = "native"
 ) -> None:
-    """Write a checkpoint folder, atomically: see `save_native` for what that promises.
+    """Write a checkpoint, atomically: see `save_native` for what that promises.
 
     Raises ValueError for a format that cannot be written, CheckpointError or OSError as
     `save_native` does.
     """
-    if format != "native":
-        raise ValueError(f"The format {format!r} cannot be written; 'native' can.")
-    save_native(folder, model, tokenizer)
+    writer = WRITERS[known_name("format", format, WRITERS)]
+    writer(Path(path), checkpoint_of(model, Path(path)), tokenizer)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -79,19 +104,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return Tokenizer(path)
 
 
-def _read(path: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    if path.is_dir():
-        return load_native(path)
-    if path.is_file():
-        return load_llama2c(path)
-    if earlier := interrupted_save(path):
-        raise FileNotFoundError(
-            f"There is no {path}: its last save was cut off. {earlier} is the checkpoint before "
-            f"it; rename it to {path.name}."
-        )
-    raise FileNotFoundError(
-        f"There is no {path}. A checkpoint is a folder that minillama saved, or a .bin file of "
-        f"llama2.c; `minillama demo` makes one in runs/demo/checkpoint."
+def _tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str] | None) -> Tokenizer:
+    """The tokenizer at `path`, or without one, that of the checkpoint."""
+    if path is not None:
+        return load_tokenizer(path)
+    return (
+        checkpoint.tokenizer() if checkpoint.tokenizer else load_tokenizer(_beside(checkpoint.path))
     )
 
 

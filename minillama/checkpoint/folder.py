@@ -1,13 +1,16 @@
 """Folders that are whole or not there, with the SHA-256 of everything inside."""
 
+import errno
 import hashlib
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 SUMS = "SHA256SUMS"
+_TEXT_THAT_IS_NO_FILE = (b"<!doctype", b"<html", b"<?xml", b"version https://git-lfs")
 
 
 class CheckpointError(ValueError):
@@ -68,6 +71,59 @@ def replacing_file(file: Path) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(
+    path: Path,
+    n_bytes: int,
+    replace: Callable[[Path], AbstractContextManager[Path]] = replacing,
+) -> Iterator[Path]:
+    """`replacing`, or `replacing_file`, for about `n_bytes`.
+
+    Raises OSError, which says that nothing was changed, if the disk has no room for them or
+    refuses to write.
+    """
+    check_disk(path, n_bytes)
+    with replace(path) as new:
+        try:
+            yield new
+        except OSError as error:
+            raise OSError(f"{path} could not be written ({error}); nothing was changed.") from error
+
+
+def check_disk(path: Path, n_bytes: int) -> None:
+    """Raises OSError unless the disk of `path` has room for `n_bytes` more."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if n_bytes > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{path} needs {n_bytes / 1e9:,.2f} GB, but its disk has {free / 1e9:,.2f} GB left: "
+            f"nothing was written. Free some, or name a place on another disk",
+        )
+
+
+def check_new(path: Path) -> None:
+    """Raises CheckpointError if anything that would be lost is at `path`."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise CheckpointError(
+            f"{path} exists and is not overwritten. Name a place where nothing is yet."
+        )
+
+
+def what_it_is(path: Path) -> str:
+    """Why a file is no model, where that can be seen: " (...)", or "" if it cannot."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if not start.strip(b"\0"):
+        return " (it is empty, or starts with zeros: the download failed; start it again)"
+    if start.startswith(_TEXT_THAT_IS_NO_FILE):
+        return (
+            " (it is a message or a pointer in place of the file: the download failed; the link "
+            "may have expired, or the file lies in Git LFS; download it again)"
+        )
+    return ""
+
+
 def unfinished(folder: Path) -> Path:
     """Where a folder, or a file, is written before it takes its place."""
     return folder.with_name(f".{folder.name}.new")
@@ -85,10 +141,10 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS).write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in files))
 
 
-def verify_sums(folder: Path, needed: Iterable[str]) -> None:
+def verify_sums(folder: Path, needed: Iterable[str], up_to: float = math.inf) -> None:
     """Raises CheckpointError, naming the file, if one that has a sum is missing or was changed.
 
-    `needed` are the names that must have one.
+    `needed` are the names that must have one. Files of more than `up_to` bytes are only looked for.
     """
     lines = (folder / SUMS).read_text(errors="replace").removesuffix("\n").split("\n")
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -100,7 +156,7 @@ def verify_sums(folder: Path, needed: Iterable[str]) -> None:
             f"{'; not there: ' + ', '.join(absent) if absent else ''}. Copy the checkpoint again."
         )
     for name, digest in expected.items():
-        if _sha256(folder / name) != digest:
+        if (folder / name).stat().st_size <= up_to and _sha256(folder / name) != digest:
             raise CheckpointError(
                 f"{folder / name} is damaged or was changed: its SHA-256 is not the one in {SUMS}. "
                 f"Copy the checkpoint again. If you changed it on purpose: sha256sum "

@@ -7,6 +7,7 @@ it tensor by tensor. So no weights are ever held twice, and any format becomes a
 import ctypes
 import mmap
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from minillama.checkpoint.folder import CheckpointError
 from minillama.config import LlamaConfig
 from minillama.model import Llama
+from minillama.plan import InferencePlan, check_fits, free_memory
 from minillama.tokenizer import Tokenizer
 
 
@@ -87,6 +89,23 @@ def computed(
     return Stored(shape, dtype or sources[0].dtype, read)
 
 
+def converted(stored: Stored, dtype: torch.dtype | None) -> Stored:
+    """The same tensor in another dtype; None leaves it as it is."""
+    if dtype in (None, stored.dtype):
+        return stored
+    return computed([stored], lambda tensor: tensor.to(dtype), stored.shape, dtype)
+
+
+def n_bytes(stored: Stored) -> int:
+    """How many bytes the tensor takes."""
+    return torch.Size(stored.shape).numel() * stored.dtype.itemsize
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor, row by row, as they lie in memory."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def release_pages(mapped: Tensor) -> None:
     """Return the memory of the whole pages within a view of a mapped file to the system.
 
@@ -144,6 +163,75 @@ class Checkpoint:
                 )
 
 
+def checkpoint_of(model: Llama, path: Path) -> Checkpoint:
+    """A model in memory as a checkpoint to write."""
+    weights = {name: _in_memory(tensor) for name, tensor in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del weights["output.weight"]  # it is tok_embeddings.weight
+    return Checkpoint(model.config, weights, None, path)
+
+
+def llama_from(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Llama:
+    """Read a model, tensor by tensor: nothing but the result and one tensor is ever in memory.
+
+    On a CPU and in the stored dtype the weights stay mapped: they are read when they are used.
+    With `dtype` None all are of the dtype in which most numbers are stored.
+    """
+    dtype = dtype or main_dtype(checkpoint)
+    weights = {}
+    for name, stored in checkpoint.weights.items():
+        stored = converted(stored, dtype)
+        weight = stored.read()
+        weights[name] = weight.to(device)
+        if weights[name] is not weight:
+            stored.release()
+    return model_from(checkpoint.config, weights, checkpoint.path)
+
+
+def model_from(config: LlamaConfig, weights: dict[str, Tensor], source: object) -> Llama:
+    """A Llama around these weights, without copying them; a tied head may be left out.
+
+    Raises CheckpointError, naming `source`, unless names, shapes and dtypes make such a model.
+    """
+    stored = {name: _in_memory(tensor) for name, tensor in weights.items()}
+    if config.tie_embeddings:
+        stored.pop("output.weight", None)
+    Checkpoint(config, stored, None, Path(str(source)))  # which looks at the shapes
+    model = empty_llama(config)
+    if config.tie_embeddings:
+        weights = weights | {"output.weight": weights["tok_embeddings.weight"]}
+    model.load_state_dict(weights, assign=True)
+    if config.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    return model
+
+
+def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype in which most of the numbers are stored."""
+    numbers: Counter[torch.dtype] = Counter()
+    for stored in checkpoint.weights.values():
+        numbers[stored.dtype] += torch.Size(stored.shape).numel()
+    return numbers.most_common(1)[0][0]
+
+
+def check_room(config: LlamaConfig, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
+    """Raises ValueError, with numbers and ways out, if weights of `dtype` do not fit there."""
+    plan = InferencePlan(config=config, seq_len=1, dtype=str(dtype).removeprefix("torch."))
+    check_fits(plan, free_memory(str(device)))
+
+
+def check_vocabulary(config: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Raises CheckpointError unless model and tokenizer have equally many tokens."""
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
+            f"they do not belong together, and the text would be gibberish. "
+            f"Name the model's own tokenizer."
+        )
+
+
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a model of this config, by name."""
     return {name: tuple(tensor.shape) for name, tensor in empty_llama(config).state_dict().items()}
@@ -153,3 +241,7 @@ def empty_llama(config: LlamaConfig) -> Llama:
     """A model whose parameters have shapes and no memory."""
     with torch.device("meta"):
         return Llama(config)
+
+
+def _in_memory(tensor: Tensor) -> Stored:
+    return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)

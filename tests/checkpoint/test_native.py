@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small import small_config, small_llama, small_tokenizer
 
 from minillama import load, save
-from minillama.checkpoint import CheckpointError, load_config, native
+from minillama.checkpoint import CheckpointError, load_config, native, weights
 from minillama.checkpoint.folder import verify_sums
 from minillama.checkpoint.native import FILES, PARAMS, SUMMED, SUMS, TOKENIZER, WEIGHTS
 from minillama.model import Llama
@@ -117,7 +117,7 @@ def test_another_tokenizer_may_be_named(folder, tmp_path):
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="format 'pickle' cannot be written; 'native' can"):
+    with pytest.raises(ValueError, match=r"There is no format 'pickle'.* Known are: native"):
         save(tmp_path / "x", small_llama(), small_tokenizer(), format="pickle")
     assert list(tmp_path.iterdir()) == []
 
@@ -157,10 +157,10 @@ def test_one_flipped_bit_is_noticed(whole, name, where, bit):
     (whole / name).write_bytes(damaged)
     try:
         with pytest.raises(CheckpointError, match=name):
-            native.load_native(whole)
+            native.open_native(whole)
     finally:
         (whole / name).write_bytes(data)
-    native.load_native(whole)
+    native.open_native(whole)
 
 
 @pytest.mark.parametrize("bit", range(8))
@@ -235,7 +235,7 @@ def test_weights_of_an_untied_model_without_an_output_matrix(tmp_path):
         (lambda w: w.update(extra=torch.ones(2)), r"extra: .* no such tensor, .* \(2,\)"),
         (lambda w: w.update({"norm.weight": torch.ones(31)}), r"norm\.weight: .* \(31,\)"),
         (lambda w: w.update({"norm.weight": torch.ones(32).int()}), r"norm\.weight is of .*int32"),
-        (lambda w: w.clear(), r"disagree about .* tensors differ"),
+        (lambda w: w.clear(), r"the config has 2 layers, but there are only 0 tensors"),
     ],
     ids=["missing", "extra", "shape", "integers", "none"],
 )
@@ -249,7 +249,7 @@ def test_tied_weights_without_the_one_matrix(tmp_path):
     folder = tmp_path / "tied"
     save(folder, small_llama(tie_embeddings=True), small_tokenizer())
     change_weights(folder, lambda weights: weights.pop("tok_embeddings.weight"))
-    with pytest.raises(CheckpointError, match=r"disagree about output\.weight"):
+    with pytest.raises(CheckpointError, match=r"disagree about tok_embeddings\.weight"):
         load(folder)
 
 
@@ -291,8 +291,8 @@ def test_a_damaged_tokenizer_that_is_named(folder, tmp_path):
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(folder, monkeypatch):
-    monkeypatch.setattr(native, "free_memory", lambda device: 2**16)
-    monkeypatch.setattr(native, "load_file", lambda path: pytest.fail("the weights were read"))
+    monkeypatch.setattr(weights, "free_memory", lambda device: 2**16)
+    monkeypatch.setattr(weights, "model_from", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match=r"takes .* MiB .*, but only 0\.1 MiB .*are free\. .*fits"):
         load(folder)
 
@@ -303,12 +303,16 @@ def test_room_is_asked_for_in_the_dtype_and_on_the_device_that_are_wanted(folder
     def check(plan, available):
         asked.append((plan.dtype, available))
 
-    monkeypatch.setattr(native, "check_fits", check)
-    monkeypatch.setattr(native, "free_memory", lambda device: f"free on {device}")
+    monkeypatch.setattr(weights, "check_fits", check)
+    monkeypatch.setattr(weights, "free_memory", lambda device: f"free on {device}")
+    load(folder)
     load(folder, dtype=torch.bfloat16)
-    assert asked == [("float32", "free on cpu"), ("bfloat16", "free on cpu")]
     load(folder, device="meta")
-    assert asked[2:] == [("float32", "free on cpu"), ("float32", "free on meta")]
+    assert asked == [
+        ("float32", "free on cpu"),
+        ("bfloat16", "free on cpu"),
+        ("float32", "free on meta"),
+    ]
 
 
 class Canary:
@@ -380,7 +384,7 @@ class Accident:
     """Counts the calls that touch the disk; the `at`-th raises, before or after its work."""
 
     POINTS = (
-        (native, "save_file"),
+        (native, "save_safetensors"),
         (Path, "mkdir"),
         (Path, "write_text"),
         (Path, "write_bytes"),
@@ -515,7 +519,7 @@ for point in range(1, 100):
                     os._exit(9)
                 return function(*args, **kwargs)
             return guarded
-        for owner, name in ((native, "save_file"), (Path, "mkdir"), (Path, "write_text"),
+        for owner, name in ((native, "save_safetensors"), (Path, "mkdir"), (Path, "write_text"),
                             (Path, "write_bytes"), (Path, "rename"), (os, "fsync")):
             setattr(owner, name, guard(getattr(owner, name)))
         save(folder, small_llama(seed=point), small_tokenizer())
