@@ -220,6 +220,7 @@ PRESETS: dict[str, LlamaConfig] = {
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 CHECKPOINTING = ("none", "selective", "full")  # of activations, from the most memory to the least
+ADAPTABLE = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")  # linear layers, for LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +340,41 @@ class RunConfig:
         for name, least in (("save_every", 0), ("keep", 1), ("eval_every", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """What an adapter is: low-rank changes of some linear layers, trained on frozen weights."""
+
+    # Source: Hu et al. 2021 (arXiv:2106.09685). Built in notebooks/18_lora.ipynb.
+    rank: int = 8  # a change of a matrix is the product of one with so many columns and so many rows
+    alpha: float = 16.0  # the change is multiplied by alpha / rank
+    dropout: float = 0.0  # share of an adapter's inputs that are left out in training
+    targets: tuple[str, ...] = ("wq", "wv")  # of wq wk wv wo w1 w2 w3 output
+    rank_stabilized: bool = False  # divide alpha by the root of the rank: rsLoRA
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}, but must be at least 1.")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}, but must be above 0.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1.")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"targets are {self.targets}, but must name at least one linear layer, each once."
+            )
+        for name in self.targets:
+            known_name("linear layer", name, ADAPTABLE)
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by.
+
+        With alpha / rank the change gets smaller as the rank grows, with alpha / sqrt(rank) it
+        stays as large. Source: Kalajdzievski 2023 (arXiv:2312.03732), for the root.
+        """
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
