@@ -381,10 +381,12 @@ class LoRAConfig:
 class Sampling:
     """How the next token is drawn from the model's distribution."""
 
-    # Shown in notebooks/00_tour.ipynb.
+    # Built in notebooks/09_generation.ipynb.
     temperature: float = 0.0  # 0 takes the likeliest token, 1 the model's own distribution
     top_k: int | None = None  # keep only this many of the likeliest tokens
     top_p: float | None = None  # keep only the likeliest tokens of together this probability
+    min_p: float | None = None  # keep only tokens at least this times as probable as the likeliest
+    repetition_penalty: float = 1.0  # divides the logits of tokens that were there; 1 is none
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -401,4 +403,14 @@ class Sampling:
             raise ValueError(
                 f"top_p is {self.top_p}, but must be within [0, 1]: it is a probability, not a "
                 f"percentage."
+            )
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(
+                f"min_p is {self.min_p}, but must be within [0, 1]: it is a share of the likeliest "
+                f"token's probability."
+            )
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}, but must be above 0: 1 changes "
+                f"nothing, 1.2 avoids repetitions, less than 1 asks for them."
             )

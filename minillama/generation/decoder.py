@@ -56,6 +56,10 @@ class Decoder:
         """Put one row in the place of another, whose text is forgotten; `source` is then empty."""
         self.cache.move(source, target)
 
+    def clear(self, row: int) -> None:
+        """Empty a row whose hidden states are no numbers, see `KVCache.clear`."""
+        self.cache.clear(row)
+
     def _read(
         self, first: int, ids: Sequence[Sequence[int]], lengths: list[int]
     ) -> Float[Tensor, "batch seq dim"]:

@@ -1,194 +1,322 @@
-"""Generation: one prompt or many, through a static KV cache, as a list or as a stream."""
+"""The engine: requests of any kind share the rows of a batch; each gets what it would alone."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from minillama.config import Sampling
-from minillama.generation.sampling import sample
-from minillama.generation.stop import StopFilter
-from minillama.model import KVCache, Llama
-from minillama.tokenizer import StreamDecoder, Tokenizer
+from minillama.generation.decoder import Decoder
+from minillama.generation.request import Completion, Request, Ticket, prompt_ids
+from minillama.generation.sampling import are_numbers, sample
+from minillama.generation.speculative import speculate
+from minillama.model import Llama
+from minillama.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the model wrote behind one prompt."""
-
-    text: str  # without the prompt, and without the stop string
-    token_ids: list[int]  # as drawn, without EOS
-    finish_reason: FinishReason  # "stop": EOS or a stop string; "length": no more tokens allowed
-    logprobs: list[float] | None = None  # of the tokens, in nats, before temperature and cuts
+T = TypeVar("T")
+Each: TypeAlias = T | Sequence[T]  # a setting: one value for all prompts, or one for each
+Prompt: TypeAlias = str | Sequence[int]  # a text, or token ids that are taken as they are
 
 
-@torch.inference_mode()
+class Engine:
+    """Continues many prompts at once: `submit` them, and call `step` until none is `busy`.
+
+    Up to `rows` requests are computed together. As soon as one ends, the next that waits takes its
+    row (continuous batching); nobody waits for the longest. A prompt is read in chunks of at most
+    `prefill_chunk` tokens, between two tokens of the others, so a long one holds up nobody and
+    needs no more memory; short ones are read together.
+
+    With a `draft`, a small model of the same tokenizer, every step gives a row up to `n_draft` + 1
+    tokens (see `speculate`).
+
+    `max_len` limits prompt and answer together, in tokens; None is the model's context. The cache
+    takes rows * max_len * config.cache_elements_per_token numbers, at once.
+    Raises ValueError for a tokenizer or draft of another model.
+    Source of continuous batching: Yu et al. 2022, sec. 3 (Orca, OSDI); of chunks: Agrawal et al.
+    2023 (arXiv:2308.16369). Built in notebooks/09_generation.ipynb.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        rows: int = 8,
+        prefill_chunk: int = 512,
+        max_len: int | None = None,
+        draft: Llama | None = None,
+        n_draft: int = 4,
+    ) -> None:
+        numbers = {"rows": rows, "prefill_chunk": prefill_chunk, "max_len": max_len}
+        for name, number in numbers.items():
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}, but must be at least 1.")
+        models = [model] if draft is None else [model, draft]
+        for kind, size in zip(("model", "draft model"), models, strict=False):
+            if tokenizer.vocab_size != size.config.vocab_size:
+                raise ValueError(
+                    f"The tokenizer has {tokenizer.vocab_size} tokens and the {kind} "
+                    f"{size.config.vocab_size}: they do not belong together."
+                )
+        context = min(each.config.max_seq_len for each in models)
+        self.context = context if max_len is None else min(max_len, context)
+        if draft is not None and not 1 <= n_draft < self.context:
+            raise ValueError(
+                f"n_draft is {n_draft}, but must be at least 1 and less than the {self.context} "
+                f"tokens of the context. 4 is a good number."
+            )
+        self.tokenizer = tokenizer
+        self.prefill_chunk = prefill_chunk
+        self.n_draft = n_draft
+        self._rows = rows
+        self._decoders = [Decoder(each, rows, self.context) for each in models]
+        self._running: list[Ticket] = []  # those in rows 0, 1, ...: each has its first token
+        self._reading: list[Ticket] = []  # those in the rows behind: their prompts are being read
+        self._waiting: deque[Ticket] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Whether some request has not ended."""
+        return bool(self._running or self._reading or self._waiting)
+
+    def submit(self, request: Request) -> Ticket:
+        """Take a request; the ticket tells how it goes. Raises ValueError as `Ticket` says."""
+        ticket = Ticket(request, self.tokenizer, self.context)
+        self._waiting.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request with what it has; its row is free. Nothing happens if it has ended."""
+        if ticket.finish_reason is None:
+            ticket.end("cancelled")
+            self._sweep()
+
+    @torch.inference_mode()
+    def step(self) -> list[Ticket]:
+        """Go on by one pass: the tickets that have new tokens, or have ended, come back.
+
+        Every running request gets its next token, and then one chunk of a waiting prompt is read.
+        Raises ValueError where a model gives logits that are no numbers; the requests concerned
+        have then ended with "error", and the others can go on.
+        """
+        advanced = [*self._running]
+        target, *draft = self._decoders
+        if self._running and draft:
+            speculate(target, draft[0], self._running, self.n_draft)
+        elif self._running:
+            _take(self._running, target.step([ticket.ids[-1] for ticket in self._running]))
+        self._sweep()
+        first_tokens = self._read_chunk()
+        self._sweep()
+        advanced += first_tokens
+        failed = sum(ticket.finish_reason == "error" for ticket in advanced)
+        if failed:
+            raise ValueError(
+                f"The model's logits are no numbers (NaN or infinity) in {failed} of "
+                f"{len(advanced)} rows, so no token can be drawn. Its weights are damaged, or too "
+                f"large for float16: load them with dtype=torch.float32."
+            )
+        return advanced
+
+    def _read_chunk(self) -> list[Ticket]:
+        """Read on in the prompts that wait; those that are read have their first token."""
+        if not self._reading:
+            self._admit()
+        if not self._reading:
+            return []
+        first = len(self._running)
+        start = self._decoders[0].lengths[first]
+        chunk = [ticket.ids[start : start + self.prefill_chunk] for ticket in self._reading]
+        logits, *_ = [decoder.prefill(first, chunk) for decoder in self._decoders]
+        if start + len(chunk[0]) < len(self._reading[0].ids):
+            return []  # a long prompt, which is alone
+        ready, self._reading = self._reading, []
+        _take(ready, logits)
+        self._running += ready
+        return ready
+
+    def _admit(self) -> None:
+        """Choose whose prompts are read next: one, or several if they fit into one chunk."""
+        longest = 0
+        while self._waiting and len(self._running) + len(self._reading) < self._rows:
+            longest = max(longest, len(self._waiting[0].ids))
+            if self._reading and longest * (len(self._reading) + 1) > self.prefill_chunk:
+                return
+            self._reading.append(self._waiting.popleft())
+
+    def _sweep(self) -> None:
+        """Forget the requests that have ended. The last running row takes the place of each."""
+        self._waiting = deque(ticket for ticket in self._waiting if ticket.finish_reason is None)
+        if self._reading and self._reading[0].finish_reason is not None:
+            self._reading = []
+            self._move(len(self._running), len(self._running))
+        for row in reversed(range(len(self._running))):
+            if self._running[row].finish_reason is None:
+                continue
+            if self._running[row].finish_reason == "error":
+                for decoder in self._decoders:
+                    decoder.clear(row)
+            last = len(self._running) - 1
+            self._running[row] = self._running[last]
+            self._running.pop()
+            self._move(last, row)
+            if self._reading:  # it stands behind the running rows
+                self._move(last + 1, last)
+
+    def _move(self, source: int, target: int) -> None:
+        for decoder in self._decoders:
+            decoder.move(source, target)
+
+
+def _take(tickets: Sequence[Ticket], logits: Float[Tensor, "batch vocab"]) -> None:
+    """Give each request a token of its own; the likeliest ones are found for all at once."""
+    likeliest, usable = logits.max(-1).indices.tolist(), are_numbers(logits).tolist()
+    for row, ticket in enumerate(tickets):
+        sampling = ticket.request.sampling
+        if not usable[row]:
+            ticket.end("error")
+        elif sampling.temperature == 0 and sampling.repetition_penalty == 1:
+            ticket.take(likeliest[row], logits[row])
+        else:
+            token = sample(logits[row], sampling, ticket.generator, ticket.ids)
+            ticket.take(token, logits[row])
+
+
 def generate(
     model: Llama,
     tokenizer: Tokenizer,
-    prompts: str | Sequence[str],
-    max_new_tokens: int = 200,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | Sequence[int] | None = None,
-    stop: str | Sequence[str] = (),
-    logprobs: bool = False,
+    prompts: Prompt | Sequence[Prompt],
+    max_new_tokens: Each[int] = 200,
+    temperature: Each[float] = 0.0,
+    top_k: Each[int | None] = None,
+    top_p: Each[float | None] = None,
+    seed: Each[int | None] = None,
+    stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+    logprobs: Each[bool] = False,
+    min_p: Each[float | None] = None,
+    repetition_penalty: Each[float] = 1.0,
+    draft: Llama | None = None,
+    n_draft: int = 4,
+    rows: int = 32,
 ) -> list[Completion]:
     """Continue each prompt; an empty one starts from BOS alone.
 
-    A completion depends on its own prompt and seed and never on its neighbours: prompts of any
-    lengths can share a call. One `seed` serves every prompt; to sample one prompt several times,
-    give a seed for each. None draws fresh ones. A completion also ends, with reason "length", where
-    the model's context is full.
+    A prompt is a text, or token ids that are taken as they are. A completion depends on its own
+    prompt and settings and never on its neighbours: prompts of any lengths can share a call, and
+    a setting is one value for all or a list with one for each. One `seed` serves every prompt; to
+    sample one prompt several times, give a seed for each. None draws fresh ones. A completion also
+    ends, with reason "length", where the model's context is full.
+
+    `rows` prompts are computed at a time; the others wait for a row to become free. A small `draft`
+    model that proposes `n_draft` tokens at a time makes a large one faster (see `speculate`).
 
     Raises ValueError for a prompt that leaves no room in the context, for a tokenizer of another
-    model, and for settings that mean nothing. Shown in notebooks/00_tour.ipynb.
+    model, for settings that mean nothing, and for logits that are no numbers.
+    Built in notebooks/09_generation.ipynb.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
-        raise ValueError(
-            f"There are {len(prompts)} prompts, but {len(seeds)} seeds: give one each."
-        )
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    rows = [
-        _Row(model, tokenizer, prompt, max_new_tokens, sampling, row_seed, stop)
-        for prompt, row_seed in zip(prompts, seeds, strict=True)
+    one = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int))
+    texts = cast(list[Prompt], [prompts] if one else list(prompts))
+    if isinstance(stop, str) or all(isinstance(string, str) for string in stop):
+        stop = [cast(Sequence[str], stop)] * len(texts)
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop,
+        "logprobs": logprobs,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    for name, values in settings.items():
+        if not isinstance(values, Sequence):
+            settings[name] = [values] * len(texts)
+        elif len(values) != len(texts):
+            raise ValueError(
+                f"There are {len(texts)} prompts, but {len(values)} values for {name}: give one "
+                f"each, or one for all."
+            )
+    requests = [
+        _request(tokenizer, prompt, **dict(zip(settings, values, strict=True)))
+        for prompt, *values in zip(texts, *settings.values(), strict=True)
     ]
-    for _ in _advance(model, rows):
-        pass
-    return [
-        Completion(
-            "".join(row.pieces), row.new_ids, row.finish_reason, row.logprobs if logprobs else None
-        )
-        for row in rows
-    ]
+    if not requests:
+        return []
+    engine = _engine_for(requests, model, tokenizer, draft, n_draft, rows)
+    tickets = [engine.submit(request) for request in requests]
+    while engine.busy:
+        engine.step()
+    return [ticket.completion() for ticket in tickets]
 
 
 def stream(
     model: Llama,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    draft: Llama | None = None,
+    n_draft: int = 4,
 ) -> Iterator[str]:
     """The pieces of `generate`'s text, each as soon as it is certain; together they are the text.
 
-    Raises as `generate` does, before the first piece.
+    Raises as `generate` does; for all but logits that are no numbers, before the first piece.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    row = _Row(model, tokenizer, prompt, max_new_tokens, sampling, seed, stop)
+    request = _request(
+        tokenizer,
+        prompt,
+        max_new_tokens,
+        seed=seed,
+        stop=stop,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    engine = _engine_for([request], model, tokenizer, draft, n_draft, rows=1)
+    ticket = engine.submit(request)
 
     def pieces() -> Iterator[str]:
-        shown = 0
-        for _ in _advance(model, [row]):
-            yield from row.pieces[shown:]
-            shown = len(row.pieces)
+        while engine.busy:
+            engine.step()
+            if piece := ticket.read():
+                yield piece
 
     return pieces()
 
 
-class _Row:
-    """One prompt on its way: what it has drawn, and the text that is certain so far."""
-
-    def __init__(
-        self,
-        model: Llama,
-        tokenizer: Tokenizer,
-        prompt: str,
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: int | None,
-        stop: str | Sequence[str],
-    ) -> None:
-        context = model.config.max_seq_len
-        if tokenizer.vocab_size != model.config.vocab_size:
-            raise ValueError(
-                f"The tokenizer has {tokenizer.vocab_size} tokens and the model "
-                f"{model.config.vocab_size}: they do not belong together."
-            )
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be at least 1.")
-        if seed is not None and not 0 <= seed < 2**63:
-            raise ValueError(f"seed is {seed}, but must be at least 0 and below 2**63.")
-        self.prompt_ids = tokenizer.encode(prompt, bos=True)
-        if len(self.prompt_ids) >= context:
-            raise ValueError(
-                f"The prompt has {len(self.prompt_ids)} tokens, but the model's context holds "
-                f"{context}, the answer included. Shorten the prompt to less than {context} tokens."
-            )
-        self.limit = min(max_new_tokens, context - len(self.prompt_ids))
-        self.sampling = sampling
-        self.generator = torch.Generator()
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
-        self.eos_id = tokenizer.eos_id
-        self.new_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.pieces: list[str] = []
-        self.ended = False
-        self.finish_reason: FinishReason = "length"  # when the row has ended
-        self._decoder = StreamDecoder(tokenizer)
-        for token in self.prompt_ids:  # the answer's first space is then not taken for the text's
-            self._decoder.push(token)
-        self._stop = StopFilter(stop)
-
-    def take(self, logits: Float[Tensor, " vocab"]) -> None:
-        """Draw the next token, and tell whether the row has ended."""
-        token = sample(logits, self.sampling, self.generator)
-        if token == self.eos_id:
-            self._end("stop")
-            return
-        self.new_ids.append(token)
-        self.logprobs.append(logits.log_softmax(-1)[token].item())
-        self.pieces.append(self._stop.push(self._decoder.push(token)))
-        if self._stop.stopped or len(self.new_ids) == self.limit:
-            self._end("length")
-
-    def _end(self, reason: FinishReason) -> None:
-        self.pieces.append(self._stop.push(self._decoder.flush()) + self._stop.flush())
-        self.ended, self.finish_reason = True, "stop" if self._stop.stopped else reason
+def _request(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    max_new_tokens: int,
+    seed: int | None,
+    stop: str | Sequence[str],
+    logprobs: bool = False,
+    **sampling: Any,
+) -> Request:
+    ids = prompt_ids(prompt, tokenizer)
+    return Request(ids, max_new_tokens, Sampling(**sampling), seed, stop, logprobs)
 
 
-@torch.inference_mode()
-def _advance(model: Llama, rows: list[_Row]) -> Iterator[None]:
-    """Give every row one token per iteration, until all have ended.
-
-    The prompts are read in one call, padded on the right; see `KVCache` why that needs no mask.
-    The head is computed for the last position of each row only, and a row that has ended is
-    dropped from the batch.
-    """
-    if not rows:
-        return
-    weight = model.output.weight
-    lengths = [len(row.prompt_ids) for row in rows]
-    room = max(len(row.prompt_ids) + row.limit for row in rows)
-    cache = KVCache(model.config, len(rows), room, weight.device, weight.dtype)
-    padded = [row.prompt_ids + [0] * (max(lengths) - len(row.prompt_ids)) for row in rows]
-    hidden = model.hidden(torch.tensor(padded, device=weight.device), cache)
-    cache.lengths = list(lengths)
-    last = hidden[torch.arange(len(rows)), torch.tensor(lengths) - 1]  # (batch, dim)
-    while True:
-        for row, logits in zip(rows, model.output(last).float(), strict=True):
-            row.take(logits)
-        yield
-        going = [index for index, row in enumerate(rows) if not row.ended]
-        if not going:
-            return
-        if len(going) < len(rows):
-            rows = [rows[index] for index in going]
-            cache.keep(going)
-        newest = torch.tensor([[row.new_ids[-1]] for row in rows], device=weight.device)
-        last = model.hidden(newest, cache)[:, -1]
+def _engine_for(
+    requests: Sequence[Request],
+    model: Llama,
+    tokenizer: Tokenizer,
+    draft: Llama | None,
+    n_draft: int,
+    rows: int,
+) -> Engine:
+    """An engine with no more room than these requests can use."""
+    rows = min(rows, len(requests))
+    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    return Engine(model, tokenizer, rows, 512, longest + n_draft, draft, n_draft)

@@ -83,10 +83,11 @@ class KVCache:
         self.lengths[target] = length
         self.lengths[source] = 0
 
-    def keep(self, rows: list[int]) -> None:
-        """Forget all rows but these: a finished row need not be computed any further."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.lengths = [self.lengths[row] for row in rows]
+    def clear(self, row: int) -> None:
+        """Empty a row for good: NaN behind a row's end would be seen, since 0 * NaN is NaN."""
+        self.keys[:, row] = 0
+        self.values[:, row] = 0
+        self.lengths[row] = 0
 
 
 class LayerCache:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from minillama.generation import Decoder
 
 MODEL = small_llama()
-TEXTS = st.lists(st.integers(0, 299), min_size=1, max_size=20)
+TEXTS = st.lists(st.integers(0, 299), min_size=1, max_size=16)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def close(found: torch.Tensor, texts: list[list[int]]) -> None:
 
 
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4), more=TEXTS, data=st.data())
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_however_texts_are_read_the_logits_are_those_of_each_alone(texts, more, data):
     decoder = Decoder(MODEL, rows=len(texts), max_len=48)
     for row, ids in enumerate(texts):
@@ -48,7 +48,7 @@ def test_however_texts_are_read_the_logits_are_those_of_each_alone(texts, more, 
 
 
 @given(texts=st.lists(TEXTS, min_size=1, max_size=5), first=st.integers(0, 2))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_prompts_of_any_lengths_are_read_at_once(texts, first):
     decoder = Decoder(MODEL, rows=8, max_len=48)
     close(decoder.prefill(first, texts), texts)

@@ -8,7 +8,7 @@ from small import NAMES, small_llama, small_tokenizer
 from torch.testing import assert_close
 
 from minillama.config import Sampling
-from minillama.generation import Completion, generate, sample, stream
+from minillama.generation import Completion, Engine, Request, generate, sample, stream
 from minillama.model import Llama
 from minillama.tokenizer import StreamDecoder
 
@@ -83,8 +83,8 @@ def test_greedy_is_argmax_without_a_cache(prompt):
     assert completion == without_cache(prompt, 30)
 
 
-@given(prompt=PROMPTS, limit=st.integers(1, 70), seed=st.integers(0, 2**63 - 1))
-@settings(deadline=None, max_examples=15)
+@given(prompt=PROMPTS, limit=st.sampled_from([1, 10, 25, 70]), seed=st.integers(0, 2**63 - 1))
+@settings(deadline=None, max_examples=8)
 def test_sampling_is_the_same_with_and_without_a_cache(prompt, limit, seed):
     sampling = Sampling(temperature=0.8, top_k=50, top_p=0.95)
     (completion,) = generate(
@@ -141,12 +141,12 @@ def test_rows_of_one_batch_end_at_different_times_and_for_different_reasons():
 
 @given(
     prompts=st.lists(PROMPTS, min_size=1, max_size=5),
-    limit=st.integers(1, 30),
+    limit=st.integers(1, 16),
     temperature=st.sampled_from([0.0, 0.7, 1.5]),
     stop=st.lists(st.sampled_from(["a", "e", "the", "\x05", "�"]), max_size=2),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_a_batch_gives_what_each_prompt_gives_alone(prompts, limit, temperature, stop, seed):
     sampling = {"temperature": temperature, "max_new_tokens": limit, "stop": stop}
     seeds = [seed + i for i in range(len(prompts))]
@@ -161,6 +161,87 @@ def test_a_batch_gives_what_each_prompt_gives_alone(prompts, limit, temperature,
 
 def test_no_prompts_no_completions():
     assert generate(MODEL, TOKENIZER, []) == []
+    assert generate(MODEL, TOKENIZER, [], temperature=[], stop=[]) == []
+
+
+def test_every_setting_is_one_for_all_or_one_for_each():
+    each = {
+        "max_new_tokens": [3, 12, 12, 12],
+        "temperature": [0.0, 0.8, 1.2, 1.0],
+        "top_k": [None, 5, None, 50],
+        "top_p": [None, None, 0.8, 0.9],
+        "min_p": [None, 0.1, 0.02, None],
+        "repetition_penalty": [1.3, 1.0, 1.2, 1.0],
+        "seed": [None, 1, 2, 3],
+        "stop": ["a", [], ("t", "the"), ["e"]],
+        "logprobs": [True, False, False, True],
+    }
+    prompts = ["Ada", "", "Ben had", [1, 20, 30]]
+    batch = generate(MODEL, TOKENIZER, prompts, **each)
+    for row, (prompt, completion) in enumerate(zip(prompts, batch, strict=True)):
+        own = {name: values[row] for name, values in each.items()}
+        (alone,) = generate(MODEL, TOKENIZER, prompt, **own)
+        assert (alone.text, alone.token_ids) == (completion.text, completion.token_ids)
+        assert alone.finish_reason == completion.finish_reason
+        assert (completion.logprobs is None) == (not own["logprobs"])
+
+
+@pytest.mark.parametrize("name", ["temperature", "max_new_tokens", "logprobs", "stop"])
+def test_as_many_values_as_prompts(name):
+    value = {"stop": ["a"], "logprobs": True}.get(name, 1)
+    message = rf"2 prompts, but 3 values for {name}: give one each, or one for all"
+    with pytest.raises(ValueError, match=message):
+        generate(MODEL, TOKENIZER, ["a", "b"], **{name: [value] * 3})
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_more_prompts_than_rows_wait_for_one(rows):
+    prompts = [*NAMES, "", "x" * 30]
+    together = generate(MODEL, TOKENIZER, prompts, 15, temperature=1.0, seed=1)
+    assert generate(MODEL, TOKENIZER, prompts, 15, temperature=1.0, seed=1, rows=rows) == together
+
+
+# --- Prompts as ids ------------------------------------------------------------------------------
+
+
+def test_a_prompt_may_be_token_ids():
+    ids = TOKENIZER.encode("Ada had", bos=True)
+    of_text = generate(MODEL, TOKENIZER, "Ada had", 8)
+    assert generate(MODEL, TOKENIZER, ids, 8) == of_text
+    assert generate(MODEL, TOKENIZER, [ids, "Ada had", tuple(ids)], 8) == of_text * 3
+    assert "".join(stream(MODEL, TOKENIZER, ids, 8)) == of_text[0].text
+
+
+def test_ids_are_taken_as_they_are():
+    without_bos = TOKENIZER.encode("Ada")
+    (completion,) = generate(MODEL, TOKENIZER, without_bos, 1, logprobs=True)
+    log_p = MODEL(torch.tensor([without_bos]))[0, -1].log_softmax(-1)
+    assert completion.logprobs == pytest.approx([log_p.max().item()], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([[]], r"prompt has no token, but a model needs one to go on from: \[1\] is BOS"),
+        ([1, 300], "prompt has the token id 300, but the vocabulary has the ids 0 to 299"),
+        ([1, -1], "prompt has the token id -1"),
+        ([5] * 64, "prompt has 64 tokens"),
+    ],
+)
+def test_ids_that_cannot_be_read(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        generate(MODEL, TOKENIZER, prompt)
+
+
+class WithoutBos(type(TOKENIZER)):
+    adds_bos = False
+
+
+def test_the_tokenizer_says_whether_texts_start_with_bos():
+    tokenizer = WithoutBos(TOKENIZER.to_bytes())
+    ids = TOKENIZER.encode("Ada had")
+    assert generate(MODEL, tokenizer, "Ada had", 8) == generate(MODEL, TOKENIZER, ids, 8)
+    assert generate(MODEL, tokenizer, "", 8) == generate(MODEL, TOKENIZER, "", 8)
 
 
 # --- Seeds ---------------------------------------------------------------------------------------
@@ -199,7 +280,9 @@ def test_the_global_generators_are_neither_read_nor_moved():
 
 @pytest.mark.parametrize("seed", [[1], [1, 2, 3], []])
 def test_as_many_seeds_as_prompts(seed):
-    with pytest.raises(ValueError, match=rf"2 prompts, but {len(seed)} seeds: give one each"):
+    with pytest.raises(
+        ValueError, match=rf"2 prompts, but {len(seed)} values for seed: give one each"
+    ):
         generate(MODEL, TOKENIZER, ["a", "b"], seed=seed)
 
 
@@ -253,10 +336,18 @@ def test_generation_goes_no_further_than_the_stop_string():
 @given(stop=st.text("Ada hk", min_size=1, max_size=3), seed=st.integers(0, 50))
 @settings(deadline=None, max_examples=12)
 def test_stopping_is_cutting_what_would_have_been_written(stop, seed):
-    whole = generate(MODEL, TOKENIZER, "Ada", 40, temperature=1.0, seed=seed)[0]
-    completion = generate(MODEL, TOKENIZER, "Ada", 40, temperature=1.0, seed=seed, stop=stop)[0]
+    whole = generate(MODEL, TOKENIZER, "Ada", 20, temperature=1.0, seed=seed)[0]
+    completion = generate(MODEL, TOKENIZER, "Ada", 20, temperature=1.0, seed=seed, stop=stop)[0]
     assert completion.text == whole.text.partition(stop)[0]
     assert whole.token_ids[: len(completion.token_ids)] == completion.token_ids
+
+
+def test_a_stop_string_is_found_in_characters_of_several_tokens():
+    """Kanji are spelled in three tokens each here."""
+    text = " 日本の日本語です"
+    assert say(text, stop="本語").text == " 日本の日"
+    assert say(text, stop=["です", "の日本語で"]).text == " 日本"
+    assert "".join(stream(model_that_says(text), TOKENIZER, "Ada", stop="本語")) == " 日本の日"
 
 
 # --- Streaming -----------------------------------------------------------------------------------
@@ -270,7 +361,7 @@ def test_stopping_is_cutting_what_would_have_been_written(stop, seed):
 )
 @settings(deadline=None, max_examples=12)
 def test_the_pieces_of_a_stream_are_the_text(prompt, temperature, stop, seed):
-    arguments = {"max_new_tokens": 40, "temperature": temperature, "seed": seed, "stop": stop}
+    arguments = {"max_new_tokens": 20, "temperature": temperature, "seed": seed, "stop": stop}
     (completion,) = generate(MODEL, TOKENIZER, prompt, **arguments)
     assert "".join(stream(MODEL, TOKENIZER, prompt, **arguments)) == completion.text
 
@@ -382,3 +473,205 @@ def test_the_longest_prompt_that_leaves_room():
 def test_one_bad_prompt_among_many_is_refused():
     with pytest.raises(ValueError, match="prompt has 102 tokens"):
         generate(MODEL, TOKENIZER, ["Ada", "\x00" * 100])
+
+
+# --- The engine ----------------------------------------------------------------------------------
+
+
+def run(engine: Engine, requests: list[Request]) -> list[Completion]:
+    tickets = [engine.submit(request) for request in requests]
+    while engine.busy:
+        engine.step()
+    return [ticket.completion() for ticket in tickets]
+
+
+def recorded(model: Llama) -> tuple[Llama, list[torch.Size]]:
+    """A copy of the model, and the shapes of all that it reads."""
+    copy, shapes = Llama(model.config).requires_grad_(False), []
+    copy.load_state_dict(model.state_dict())
+    hidden = copy.hidden
+
+    def counted(tokens, cache=None):
+        shapes.append(tuple(tokens.shape))
+        return hidden(tokens, cache)
+
+    copy.hidden = counted
+    return copy, shapes
+
+
+SETTINGS = st.fixed_dictionaries(
+    {
+        "prompt": st.text(alphabet="Ada3 日", max_size=14),
+        "max_new_tokens": st.integers(1, 12),
+        "temperature": st.sampled_from([0.0, 1.0]),
+        "repetition_penalty": st.sampled_from([1.0, 1.3]),
+        "seed": st.integers(0, 99),
+        "stop": st.sampled_from(["a", ()]),
+    }
+)
+
+
+@given(
+    requests=st.lists(st.tuples(SETTINGS, st.integers(0, 8)), min_size=1, max_size=7),
+    rows=st.integers(1, 3),
+    prefill_chunk=st.integers(1, 50),
+)
+@settings(deadline=None, max_examples=25)
+def test_whenever_requests_come_each_gets_what_it_gets_alone(requests, rows, prefill_chunk):
+    engine = Engine(MODEL, TOKENIZER, rows, prefill_chunk)
+    waiting = sorted(requests, key=lambda pair: pair[1])  # by the step at which they come
+    tickets, step = [], 0
+    while waiting or engine.busy:
+        while waiting and waiting[0][1] <= step:
+            how = dict(waiting.pop(0)[0])
+            penalty = how.pop("repetition_penalty")
+            sampling = Sampling(temperature=how.pop("temperature"), repetition_penalty=penalty)
+            tickets.append(engine.submit(Request(sampling=sampling, **how)))
+        engine.step()
+        step += 1
+    for ticket in tickets:
+        (alone,) = run(Engine(MODEL, TOKENIZER, rows=1), [ticket.request])
+        assert ticket.completion() == alone
+
+
+@given(prefill_chunk=st.integers(1, 45), n_prompt=st.integers(1, 40))
+@settings(deadline=None, max_examples=15)
+def test_any_split_of_the_prompt_gives_the_same_answer(prefill_chunk, n_prompt):
+    request = Request([1, *range(30, 30 + n_prompt - 1)], 6)
+    whole = run(Engine(MODEL, TOKENIZER, 1), [request])
+    assert run(Engine(MODEL, TOKENIZER, 1, prefill_chunk), [request]) == whole
+
+
+def test_no_pass_reads_more_rows_or_tokens_than_allowed():
+    model, shapes = recorded(MODEL)
+    requests = [Request([1] + [40] * n, 5) for n in (3, 30, 1, 1, 1, 12, 7)]
+    run(Engine(model, TOKENIZER, rows=3, prefill_chunk=10), requests)
+    assert max(rows for rows, _ in shapes) == 3
+    assert max(rows * seq for rows, seq in shapes) == 10
+    assert (2, 2) in shapes  # short prompts are read together
+
+
+def test_a_finished_row_goes_to_the_next_in_the_queue():
+    model, shapes = recorded(MODEL)
+    limits = [2, 9, 3, 3]  # the first, then the third, then the fourth share rows with the second
+    run(Engine(model, TOKENIZER, rows=2), [Request("Ada", n) for n in limits])
+    assert sum(rows for rows, seq in shapes if seq == 1) == sum(limits) - len(limits)
+    assert sum(seq == 1 for _, seq in shapes) == max(limits) - 1  # nobody waited for the longest
+
+
+def test_a_long_prompt_does_not_hold_up_the_others():
+    engine = Engine(MODEL, TOKENIZER, rows=2, prefill_chunk=4)
+    first = engine.submit(Request("Ada", 20))
+    while not first.token_ids:
+        engine.step()
+    second = engine.submit(Request([1] + [40] * 30, 2))
+    for n in range(7):
+        assert engine.step() == [first]
+        assert (len(first.token_ids), len(second.token_ids)) == (n + 2, 0)
+    assert engine.step() == [first, second]
+
+
+def test_step_tells_who_went_on():
+    engine = Engine(MODEL, TOKENIZER, rows=1)
+    assert engine.step() == []
+    one, two = engine.submit(Request("Ada", 2)), engine.submit(Request("Ben", 1))
+    assert engine.busy
+    assert [engine.step() for _ in range(2)] == [[one], [one, two]]
+    assert not engine.busy
+
+
+def test_a_ticket_is_read_while_it_goes_on():
+    engine = Engine(MODEL, TOKENIZER)
+    ticket, pieces = engine.submit(Request("Ada", 12)), []
+    with pytest.raises(ValueError, match=r"has 0 tokens and is not complete: call .* step\(\)"):
+        ticket.completion()
+    while engine.busy:
+        engine.step()
+        pieces.append(ticket.read())
+    assert (
+        "".join(pieces) == ticket.completion().text == generate(MODEL, TOKENIZER, "Ada", 12)[0].text
+    )
+    assert ticket.read() == ""
+    assert len(pieces) == 12
+
+
+def test_cancelling_frees_the_row():
+    engine = Engine(MODEL, TOKENIZER, rows=2)
+    one, two, three = (engine.submit(Request(name, 20)) for name in NAMES[:3])
+    for _ in range(4):
+        engine.step()
+    engine.cancel(one)
+    assert one.finish_reason == "cancelled"
+    whole = generate(MODEL, TOKENIZER, NAMES[:3], 20)
+    assert one.token_ids == whole[0].token_ids[:4]
+    assert whole[0].text.startswith(one.completion().text)
+    while engine.busy:
+        engine.step()
+    assert [two.completion(), three.completion()] == whole[1:]
+
+
+def test_what_waits_or_is_being_read_can_be_cancelled():
+    engine = Engine(MODEL, TOKENIZER, rows=2, prefill_chunk=4)
+    running = engine.submit(Request("Ada", 20))
+    while not running.token_ids:
+        engine.step()
+    long, waiting, last = (
+        engine.submit(Request(prompt, 3)) for prompt in ([1] * 20, "Clara", "Emil")
+    )
+    engine.step()
+    engine.cancel(waiting)
+    engine.cancel(long)
+    engine.cancel(long)
+    assert (waiting.token_ids, long.token_ids) == ([], [])
+    while engine.busy:
+        engine.step()
+    (ada, emil) = generate(MODEL, TOKENIZER, ["Ada", "Emil"], [20, 3])
+    assert (running.completion(), last.completion()) == (ada, emil)
+    engine.cancel(last)
+    assert last.finish_reason == "length"
+
+
+def test_the_room_can_be_less_than_the_context():
+    engine = Engine(MODEL, TOKENIZER, max_len=10)
+    (completion,) = run(engine, [Request([1, 40, 41, 42])])
+    assert (len(completion.token_ids), completion.finish_reason) == (6, "length")
+    with pytest.raises(ValueError, match="prompt has 10 tokens, but the model's context holds 10"):
+        engine.submit(Request([1] * 10))
+
+
+@pytest.mark.parametrize(("name", "value"), [("rows", 0), ("prefill_chunk", 0), ("max_len", -1)])
+def test_an_engine_without_room(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}, but must be at least 1"):
+        Engine(MODEL, TOKENIZER, **{name: value})
+
+
+# --- Logits that are no numbers ------------------------------------------------------------------
+
+
+def poisoned(value: float) -> Llama:
+    """A model that knows one token, 250, by an embedding that is no number."""
+    model = Llama(MODEL.config).requires_grad_(False)
+    model.load_state_dict(MODEL.state_dict())
+    model.tok_embeddings.weight[250] = value
+    return model
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_are_refused(value, temperature):
+    with pytest.raises(ValueError, match=r"logits are no numbers .* in 1 of 2 rows.*float32"):
+        generate(poisoned(value), TOKENIZER, ["Ada", [1, 250]], temperature=temperature, seed=0)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_the_neighbours_of_a_broken_row_do_not_notice(rows):
+    engine = Engine(poisoned(torch.nan), TOKENIZER, rows=rows)
+    prompts = ["Ada", [1, 40, 41, 42, 250], "Ben", "Clara"]
+    tickets = [engine.submit(Request(prompt, 12)) for prompt in prompts]
+    with pytest.raises(ValueError, match="no numbers"):
+        engine.step()
+    while engine.busy:
+        engine.step()
+    assert tickets[1].finish_reason == "error"
+    sound = generate(MODEL, TOKENIZER, [*prompts[:1], *prompts[2:]], 12)
+    assert [tickets[i].completion() for i in (0, 2, 3)] == sound

@@ -126,17 +126,16 @@ def test_a_row_in_its_own_place_is_emptied():
     assert cache.lengths == [3, 0]
 
 
-def test_keep_forgets_the_other_rows():
-    tokens = random_tokens(CONFIG, batch=3, seq=7)
-    cache = KVCache(CONFIG, batch=3, max_len=8)
-    MODEL(tokens[:, :6], cache)
-    cache.lengths = [6, 2, 6]
-    cache.keep([1, 2])
-    assert cache.lengths == [2, 6]
-    last = MODEL(tokens[1:, 6:], cache)[:, 0]
-    short = MODEL(tokens[1:2, [0, 1, 6]])[0, -1]
-    assert_close(last[0], short, rtol=1e-5, atol=1e-5)
-    assert_close(last[1], MODEL(tokens[2:])[0, -1], rtol=1e-5, atol=1e-5)
+def test_a_cleared_row_forgets_even_nan():
+    tokens = random_tokens(CONFIG, batch=2, seq=4)
+    cache = KVCache(CONFIG, batch=2, max_len=8)
+    cache.keys[:, 0], cache.values[:, 0] = torch.nan, torch.nan
+    cache.clear(0)
+    assert_close(MODEL(tokens, cache), MODEL(tokens), rtol=1e-5, atol=1e-5)
+    cache.clear(1)
+    assert cache.lengths == [4, 0]
+    assert not cache.keys[:, 1].any()
+    assert cache.keys[:, 0].any()
 
 
 def test_a_full_cache_says_so_and_keeps_what_it_has():
