@@ -347,7 +347,7 @@ class LoRAConfig:
     """What an adapter is: low-rank changes of some linear layers, trained on frozen weights."""
 
     # Source: Hu et al. 2021 (arXiv:2106.09685). Built in notebooks/18_lora.ipynb.
-    rank: int = 8  # a change of a matrix is the product of one with so many columns and so many rows
+    rank: int = 8  # columns of B, rows of A
     alpha: float = 16.0  # the change is multiplied by alpha / rank
     dropout: float = 0.0  # share of an adapter's inputs that are left out in training
     targets: tuple[str, ...] = ("wq", "wv")  # of wq wk wv wo w1 w2 w3 output

@@ -104,7 +104,7 @@ class _FusedLoss(torch.autograd.Function):
     ) -> Float[Tensor, ""]:
         total = torch.zeros((), device=hidden.device)
         hidden_grad, weight_grad = torch.empty_like(hidden), None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             weight_grad = torch.zeros_like(weight)
         for start in range(0, len(hidden), chunk):
             now = slice(start, start + chunk)
@@ -117,7 +117,7 @@ class _FusedLoss(torch.autograd.Function):
                 weight_grad,
             )
             del logits  # before the next ones are made
-        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.save_for_backward(hidden_grad, weight_grad)  # type: ignore[arg-type]
         return total
 
     @staticmethod
