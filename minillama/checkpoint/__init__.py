@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from minillama.checkpoint.folder import CheckpointError, interrupted_save
+from minillama.checkpoint.hub import local_path
 from minillama.checkpoint.llama2c import load_llama2c, load_tokenizer_bin
 from minillama.checkpoint.native import open_native, save_native
 from minillama.checkpoint.weights import (
@@ -57,9 +58,11 @@ def load_config(path: str | os.PathLike[str]) -> LlamaConfig:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """A checkpoint of any format, recognised by its content; its weights are not read.
 
-    Raises FileNotFoundError, or CheckpointError, naming the file, for what cannot be one.
+    `path` may also be a name: one of `minillama fetch`, or "org/name" of the Hugging Face hub.
+    Raises FileNotFoundError, or CheckpointError, naming the file, for what cannot be one; for a
+    name, what `hub.local_path` raises.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         return open_native(path)
     if path.is_file():
