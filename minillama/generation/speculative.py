@@ -93,7 +93,7 @@ def _propose(
         if not are_numbers(logits).all():
             raise ValueError("The draft model's logits are no numbers (NaN or infinity).")
         for row, ticket in enumerate(tickets):
-            if step == counts[row]:
+            if step >= counts[row]:
                 continue
             sampling = ticket.request.sampling
             if sampling.temperature == 0:
