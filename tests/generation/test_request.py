@@ -1,0 +1,79 @@
+import pytest
+import torch
+from small import small_tokenizer
+
+from minillama.generation import Request, Ticket
+from minillama.tokenizer import Tokenizer
+
+TOKENIZER = small_tokenizer()
+LOGITS = torch.zeros(300)
+TEXTS = [
+    "日本語のモデルは🦙です。",
+    "👩‍👩‍👧‍👦 と 🏳️‍🌈、👍🏽!",
+    "naïve café — Ω≈ç√∫ and Ada",
+    "  two  spaces\n\n\tand 3 lines\n",
+]
+
+
+def pieces_of(ids: list[int], n_prompt: int, tokenizer: Tokenizer = TOKENIZER) -> list[str]:
+    """What a reader sees who looks after every token behind the prompt."""
+    request = Request(ids[:n_prompt], max_new_tokens=1000)
+    ticket = Ticket(request, tokenizer, context=10_000)
+    logits = LOGITS.new_zeros(tokenizer.vocab_size)
+    pieces = []
+    for token in ids[n_prompt:]:
+        ticket.take(token, logits)
+        pieces.append(ticket.read())
+    ticket.take(tokenizer.eos_id, logits)
+    pieces.append(ticket.read())
+    assert "".join(pieces) == ticket.completion().text
+    return pieces
+
+
+def complete(ids: list[int], tokenizer: Tokenizer) -> str:
+    """The characters that these ids spell to the end."""
+    decoder = tokenizer.decoder()
+    return "".join(map(decoder.push, ids))
+
+
+def check_every_cut(text: str, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(text, bos=True)
+    for n_prompt in range(1, len(ids)):
+        pieces = pieces_of(ids, n_prompt, tokenizer)
+        assert complete(ids[:n_prompt], tokenizer) + "".join(pieces) == text
+        assert "\ufffd" not in "".join(pieces)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_wherever_the_answer_begins_no_piece_holds_half_a_character(text):
+    check_every_cut(text, TOKENIZER)
+
+
+def test_the_same_with_the_tokenizer_of_llama_2(assets):
+    tokenizer = Tokenizer(assets / "llama2" / "tokenizer.model")
+    for text in TEXTS:
+        check_every_cut(text, tokenizer)
+
+
+def test_a_character_comes_with_its_last_byte():
+    ids = TOKENIZER.encode("a🦙b", bos=True)
+    assert pieces_of(ids, 1)[-6:] == ["", "", "", "🦙", "b", ""]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_bytes_that_spell_nothing_are_told_at_the_end(n):
+    ids = TOKENIZER.encode("a🦙", bos=True)[: -4 + n]
+    assert pieces_of(ids, 1)[-1] == "\ufffd" * n
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, but must be at least 1"),
+        ({"seed": -1}, "seed is -1, but must be at least 0"),
+        ({"stop": ["a", ""]}, "stop string is empty"),
+    ],
+)
+def test_a_request_that_means_nothing(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Request("Ada", **settings)
