@@ -271,12 +271,26 @@ def test_without_a_net(hub, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_a_hub_that_falls_silent_is_not_waited_for(hub, monkeypatch):
+    monkeypatch.setattr("minillama.checkpoint.hub.TIMEOUT", 0.2)
+    hub.pages["/api/models/ada/small"] = Page(b"{}", cuts=[0], silent=30)
+    with pytest.raises(OSError, match=r"cannot be reached \(.*timed out"):
+        download("ada/small")
+
+
 def test_a_disk_without_room_is_told_before_a_byte_comes(hub, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match=r"10,248 bytes are to come .* 5,000 are free.*HF_HOME"):
         download("ada/small")
     assert not any("resolve" in path for _, path, _, _ in hub.asked)
+
+
+def test_a_full_disk_does_not_matter_for_what_is_there(hub, monkeypatch):
+    first = download("ada/small")
+    usage = shutil.disk_usage("/")._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert download("ada/small") == first
 
 
 def test_a_disk_that_fills_up_is_told_apart(hub):
