@@ -279,22 +279,24 @@ class Generate:
     sampling: Annotated[Sampling, FLAT] = field(default_factory=Sampling)
     seed: int | None = None  # the same seed draws the same text
     stop: tuple[str, ...] = ()  # end before any of these strings
+    draft: Path | None = None  # a smaller model of the same tokenizer: its guesses save time
     device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
 
     def run(self) -> None:
         from minillama import load, stream
 
-        model, tokenizer = load(self.model, self.tokenizer, device=_device(self.device))
+        device = _device(self.device)
+        model, tokenizer = load(self.model, self.tokenizer, device=device)
+        draft = load(self.draft, self.tokenizer, device=device)[0] if self.draft else None
         pieces = stream(
             model,
             tokenizer,
             self.prompt,
             max_new_tokens=self.max_new_tokens,
-            temperature=self.sampling.temperature,
-            top_k=self.sampling.top_k,
-            top_p=self.sampling.top_p,
             seed=self.seed,
             stop=self.stop,
+            draft=draft,
+            **asdict(self.sampling),
         )
         print(self.prompt, end="", flush=True)
         for piece in pieces:

@@ -356,6 +356,17 @@ def test_generate_stops_before_a_stop_string(checkpoint, capsys):
     assert capsys.readouterr().out == whole.partition(stop)[0] + "\n"
 
 
+def test_every_setting_of_generate_is_a_flag(checkpoint, capsys):
+    def written(*flags: str) -> str:
+        main(["generate", "--model", str(checkpoint), "--max-new-tokens", "20", *flags])
+        return capsys.readouterr().out
+
+    greedy = written()
+    assert written("--draft", str(checkpoint)) == greedy
+    assert written("--temperature", "1", "--min-p", "1") == greedy
+    assert written("--repetition-penalty", "3") != greedy
+
+
 @pytest.mark.parametrize("tokenizer", ["tok512.bin", "tok512.model"])
 def test_generate_tells_the_story_of_lily(assets, tokenizer, capsys):
     folder = assets / "stories260K"
