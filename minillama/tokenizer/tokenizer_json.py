@@ -8,7 +8,8 @@ and has a piece for each byte besides.
 import codecs
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -53,7 +54,8 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, source: str | os.PathLike[str] | bytes) -> None:
         """Open a file, with what lies beside it, or the content of one."""
-        with naming("this tokenizer.json" if isinstance(source, bytes) else os.fspath(source)):
+        name = "this tokenizer.json" if isinstance(source, bytes) else os.fspath(source)
+        with naming(name), without_panic():
             self._content = source if isinstance(source, bytes) else Path(source).read_bytes()
             self._library, self.fields = open_library(self._content)
             self._read_vocabulary()
@@ -307,6 +309,19 @@ def open_library(content: bytes) -> tuple[Any, dict[str, Any]]:
     library.no_padding()
     library.encode_special_tokens = True
     return library, json.loads(content)
+
+
+@contextmanager
+def without_panic() -> Iterator[None]:
+    """Where Rust panics over a damaged file, Python gets an exception that is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"the tokenizers library breaks down over it ({error}): it is damaged. Copy it again."
+        ) from None
 
 
 def read_settings(path: Path) -> Mapping[str, Any]:
