@@ -5,6 +5,7 @@ autograd saves, what the FLOP counter counts, what the operating system says was
 Used in notebooks/08_pretraining.ipynb and 19_distributed.ipynb.
 """
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,21 +77,23 @@ def lora_parameters(config: LlamaConfig, rank: int, targets: tuple[str, ...]) ->
     return config.n_layers * sum(rank * sum(shapes[name]) for name in targets)
 
 
-def quantized_bits(kind: str, d_in: int) -> float:
-    """Bits that one weight takes, with its share of the scales, in a matrix with rows of `d_in`.
+def quantized_bytes(kind: str, d_out: int, d_in: int) -> int:
+    """Bytes of a (d_out, d_in) matrix in few bits, with its scales.
 
-    int8   8 + 32 / d_in: one float32 scale for each row
-    int4   4 + (16 + 16) / 32: a 16-bit scale and zero for each group of 32
-    nf4    4 + 8/64 + 32/(64 * 256) = 4.127: an 8-bit scale for each block of 64, and a float32
-           constant for 256 such scales (double quantisation)
+    int8   d_out * (d_in + 2): one 16-bit scale for each row
+    int4   d_out * groups * (32 / 2 + 4): a 16-bit scale and zero for each group of 32 in a row
+    nf4    blocks * (64 / 2 + 1) + 4 * constants + 4: an 8-bit scale for each block of 64, a float32
+           constant for 256 such scales, and their mean (double quantisation)
 
+    So a weight takes 8, 5 and 4.127 bits, and a little more where the shape does not divide.
     Source: Dettmers et al. 2023, sec. 3 (arXiv:2305.14314), for NF4.
     Raises ValueError for another kind.
     """
+    groups, blocks = math.ceil(d_in / 32), math.ceil(d_out * d_in / 64)
     kinds = {
-        "int8": 8 + 32 / d_in,
-        "int4": 4 + (16 + 16) / 32,
-        "nf4": 4 + 8 / 64 + 32 / (64 * 256),
+        "int8": d_out * (d_in + 2),
+        "int4": d_out * groups * (32 // 2 + 4),
+        "nf4": blocks * (64 // 2 + 1) + 4 * math.ceil(blocks / 256) + 4,
     }
     return kinds[known_name("quantisation", kind, kinds)]
 
@@ -98,15 +101,15 @@ def quantized_bits(kind: str, d_in: int) -> float:
 def weight_bytes(config: LlamaConfig, dtype: str, quantize: str | None = None) -> int:
     """Bytes of all weights: n_parameters * BYTES[dtype].
 
-    Quantised are the matrices of the blocks; embeddings, head and norms stay in `dtype`.
+    Quantised are the matrices of the blocks and the head; embeddings and norms stay in `dtype`.
     """
     if quantize is None:
         return config.n_parameters * BYTES[dtype]
-    packed = config.n_layers * sum(
-        d_out * d_in * quantized_bits(quantize, d_in) / 8
-        for d_out, d_in in linear_shapes(config).values()
-    )
-    return round(packed) + (config.n_parameters - block_matrix_parameters(config)) * BYTES[dtype]
+    shapes = linear_shapes(config).values()
+    blocks = sum(quantized_bytes(quantize, d_out, d_in) for d_out, d_in in shapes)
+    head = quantized_bytes(quantize, config.vocab_size, config.dim)
+    kept = config.vocab_size * config.dim + (2 * config.n_layers + 1) * config.dim
+    return config.n_layers * blocks + head + kept * BYTES[dtype]
 
 
 def cache_bytes(config: LlamaConfig, batch_size: int, seq_len: int, dtype: str) -> int:

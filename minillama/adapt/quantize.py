@@ -5,7 +5,6 @@ it did not, and where memory is what limits the speed, writes up to four times a
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from importlib.util import find_spec
 from statistics import NormalDist
 from typing import Any
@@ -30,6 +29,7 @@ KERNEL_ROWS = 64
 _ROWS_AT_ONCE = 64  # a multiple of this many rows of a matrix is dequantised at a time,
 _NUMBERS_AT_ONCE = 2**20  # and about as many numbers: they stay in the cache
 _TINY = torch.finfo(torch.float32).tiny
+_BITSANDBYTES = find_spec("bitsandbytes") is not None
 
 
 # --- Numbers and their codes ---------------------------------------------------------------------
@@ -351,7 +351,7 @@ class NF4Linear(QuantizedLinear):
         return self.absmax[start:end] * self.absmax_scale[constants] + self.absmax_mean
 
     def _has_kernel(self) -> bool:
-        return self.codes.device.type == "cuda" and _bitsandbytes_is_installed()
+        return self.codes.device.type == "cuda" and _BITSANDBYTES
 
     def _product(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
         import bitsandbytes  # type: ignore[import-not-found]
@@ -491,16 +491,20 @@ def _some_rows(weight: Tensor) -> tuple[Tensor, ...]:
     return weight.split(_rows_at_once(weight.shape[1]))
 
 
-@cache
-def _nf4_pairs(device: torch.device) -> Tensor:
+# Made once. (Plain dictionaries: torch.compile does not look into the caches of functools.)
+_PAIRS = {
+    torch.device("cpu"): torch.cartesian_prod(nf4_levels(), nf4_levels())
+    .view(torch.int64)
+    .flatten()
+}
+_PLACES: dict[tuple[int, int, torch.device], Tensor] = {}
+
+
+def _nf4_pairs(device: torch.device) -> Int[Tensor, " bytes"]:
     """For every byte the two levels that it stands for, as one number of 64 bits."""
-    levels = nf4_levels().to(device)
-    return torch.cartesian_prod(levels, levels).view(torch.int64).flatten()
-
-
-@cache
-def _bitsandbytes_is_installed() -> bool:
-    return find_spec("bitsandbytes") is not None
+    if device not in _PAIRS:
+        _PAIRS[device] = _PAIRS[torch.device("cpu")].to(device)
+    return _PAIRS[device]
 
 
 # --- The order of int4's kernels -----------------------------------------------------------------
@@ -529,23 +533,25 @@ def _codes_from_kernel_order(packed: UInt8[Tensor, "rows half"]) -> UInt8[Tensor
     parts = []
     for block in packed.split(_ROWS_AT_ONCE):
         codes = two_from_a_byte(block)
-        places = _places(*codes.shape, packed.device)
+        places = _places(len(codes), codes.shape[1], packed.device)
         parts.append(codes.flatten().index_select(0, places).view(codes.shape))
     return torch.cat(parts)
 
 
-@cache
 def _places(rows: int, d_in: int, device: torch.device) -> Int[Tensor, " n"]:
     """Where the codes of so many rows lie in the kernel's order, one after the other.
 
     No kernel tells. So the codes' own numbers are put into that order, four bits at a time.
     """
-    number = torch.arange(rows * d_in, dtype=torch.int32, device=device).view(rows, d_in)
-    found = torch.zeros_like(number).flatten()
-    for shift in range(0, (rows * d_in - 1).bit_length(), 4):
-        digits = two_in_a_byte((number >> shift & 15).to(torch.uint8))
-        found += two_from_a_byte(_to_kernel_order(digits)).flatten().int() << shift
-    return found.argsort().int()
+    key = (rows, d_in, device)
+    if key not in _PLACES:
+        number = torch.arange(rows * d_in, dtype=torch.int32, device=device).view(rows, d_in)
+        found = torch.zeros_like(number).flatten()
+        for shift in range(0, (rows * d_in - 1).bit_length(), 4):
+            digits = two_in_a_byte((number >> shift & 15).to(torch.uint8))
+            found += two_from_a_byte(_to_kernel_order(digits)).flatten().int() << shift
+        _PLACES[key] = found.argsort().int()
+    return _PLACES[key]
 
 
 def _inner_tiles(half: int) -> int:
