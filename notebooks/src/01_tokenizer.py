@@ -474,7 +474,7 @@ print("exercise 3: correct")
 # | `learn` | `BPE.train` in `minillama/tokenizer/bpe.py` | all scripts, large texts |
 # | `encode_word` | `BPE.merges`, `BPE.encode`, same file | whole texts, in n log n |
 # | exercises 1, 2 | `StreamDecoder` in `minillama/tokenizer/vocabulary.py` | invalid bytes |
-# | `tok` | `Tokenizer` in `minillama/tokenizer/sentencepiece.py` | opens LLaMA's tokenizer.model |
+# | `tok` | `Tokenizer` in `minillama/tokenizer/tokenizer.py` | opens LLaMA's tokenizer.model |
 #
 # Sennrich et al. 2016 (arXiv:1508.07909), sec. 3.2: BPE for words. Kudo and Richardson 2018
 # (arXiv:1808.06226): SentencePiece, which takes spaces as characters. Touvron et al. 2023a
