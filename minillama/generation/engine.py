@@ -199,7 +199,7 @@ def generate(
     repetition_penalty: Each[float] = 1.0,
     draft: Llama | None = None,
     n_draft: int = 4,
-    rows: int = 32,
+    rows: int = 64,
 ) -> list[Completion]:
     """Continue each prompt; an empty one starts from BOS alone.
 

@@ -130,12 +130,12 @@ def test_a_full_context_ends_the_text(n_prompt):
 
 def test_rows_of_one_batch_end_at_different_times_and_for_different_reasons():
     prompts = [*NAMES, "", "x" * 40, "日本"]
-    batch = generate(MODEL, TOKENIZER, prompts, 40, temperature=1.0, seed=3, stop=["the"])
+    batch = generate(MODEL, TOKENIZER, prompts, 25, temperature=1.0, seed=3, stop=["the"])
     lengths = {len(completion.token_ids) for completion in batch}
     assert len(lengths) > 2
     assert {completion.finish_reason for completion in batch} == {"stop", "length"}
     for prompt, completion in zip(prompts, batch, strict=True):
-        alone = generate(MODEL, TOKENIZER, prompt, 40, temperature=1.0, seed=3, stop=["the"])
+        alone = generate(MODEL, TOKENIZER, prompt, 25, temperature=1.0, seed=3, stop=["the"])
         assert [completion] == alone
 
 
@@ -146,7 +146,7 @@ def test_rows_of_one_batch_end_at_different_times_and_for_different_reasons():
     stop=st.lists(st.sampled_from(["a", "e", "the", "\x05", "�"]), max_size=2),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 def test_a_batch_gives_what_each_prompt_gives_alone(prompts, limit, temperature, stop, seed):
     sampling = {"temperature": temperature, "max_new_tokens": limit, "stop": stop}
     seeds = [seed + i for i in range(len(prompts))]
@@ -334,7 +334,7 @@ def test_generation_goes_no_further_than_the_stop_string():
 
 
 @given(stop=st.text("Ada hk", min_size=1, max_size=3), seed=st.integers(0, 50))
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 def test_stopping_is_cutting_what_would_have_been_written(stop, seed):
     whole = generate(MODEL, TOKENIZER, "Ada", 20, temperature=1.0, seed=seed)[0]
     completion = generate(MODEL, TOKENIZER, "Ada", 20, temperature=1.0, seed=seed, stop=stop)[0]
@@ -359,7 +359,7 @@ def test_a_stop_string_is_found_in_characters_of_several_tokens():
     stop=st.lists(st.sampled_from(["a", "th", "the", "\n"]), max_size=2),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 def test_the_pieces_of_a_stream_are_the_text(prompt, temperature, stop, seed):
     arguments = {"max_new_tokens": 20, "temperature": temperature, "seed": seed, "stop": stop}
     (completion,) = generate(MODEL, TOKENIZER, prompt, **arguments)
@@ -516,7 +516,7 @@ SETTINGS = st.fixed_dictionaries(
     rows=st.integers(1, 3),
     prefill_chunk=st.integers(1, 50),
 )
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=8)
 def test_whenever_requests_come_each_gets_what_it_gets_alone(requests, rows, prefill_chunk):
     engine = Engine(MODEL, TOKENIZER, rows, prefill_chunk)
     waiting = sorted(requests, key=lambda pair: pair[1])  # by the step at which they come
@@ -535,7 +535,7 @@ def test_whenever_requests_come_each_gets_what_it_gets_alone(requests, rows, pre
 
 
 @given(prefill_chunk=st.integers(1, 45), n_prompt=st.integers(1, 40))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 def test_any_split_of_the_prompt_gives_the_same_answer(prefill_chunk, n_prompt):
     request = Request([1, *range(30, 30 + n_prompt - 1)], 6)
     whole = run(Engine(MODEL, TOKENIZER, 1), [request])
