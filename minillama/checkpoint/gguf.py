@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillama.checkpoint.folder import CheckpointError, replacing_file
+from minillama.checkpoint.folder import CheckpointError, replacing_file, writing
 from minillama.checkpoint.weights import Checkpoint, Stored, computed, in_file, map_file
 from minillama.config import LlamaConfig, known_name
 from minillama.tokenizer import Tokenizer
@@ -138,28 +138,31 @@ def save_gguf(
     gguf = _library()
     if kind is not None:
         known_name("kind of GGUF tensors", kind, KINDS)
-    kinds = {name: _kind_of(stored, kind) for name, stored in checkpoint.weights.items()}
     config = checkpoint.config
+    weights = {name: checkpoint.weights[_meta_name(name)] for name in _gguf_names(config)}
+    kinds = {name: _kind_of(stored, kind) for name, stored in weights.items()}
+    types = {name: gguf.GGMLQuantizationType[kind] for name, kind in kinds.items()}
+    shapes = {
+        name: _shape_in_bytes(weights[name], gguf.GGML_QUANT_SIZES[types[name]]) for name in types
+    }
     metadata = {f"llama.{key}": getattr(config, name) for key, name in _SIZES.items()}
     metadata["llama.rope.dimension_count"] = config.head_dim
-    metadata["general.file_type"] = _FILE_TYPES[kinds["tok_embeddings.weight"]]
+    metadata["general.file_type"] = _FILE_TYPES[kinds["token_embd.weight"]]
     metadata["general.quantization_version"] = gguf.GGML_QUANT_VERSION
-    with replacing_file(Path(path)) as new:
+
+    with writing(Path(path), sum(map(math.prod, shapes.values())), replacing_file) as new:
         writer = gguf.GGUFWriter(new, "llama")  # which adds general.architecture
         for key, value in {**metadata, **tokenizer.to_gguf()}.items():
             writer.add_key_value(key, value, _value_type(value, gguf))
-        weights = {name: checkpoint.weights[_meta_name(name)] for name in _gguf_names(config)}
-        for name, stored in weights.items():
-            of = gguf.GGMLQuantizationType[kinds[_meta_name(name)]]
-            block, block_bytes = gguf.GGML_QUANT_SIZES[of]
-            shape = (*stored.shape[:-1], stored.shape[-1] // block * block_bytes)
-            writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), of)
+        for name, shape in shapes.items():
+            writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), types[name])
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name, stored in weights.items():
-                writer.write_tensor_data(_blocks(name, stored.read(), kinds[_meta_name(name)]))
+                tensor = stored.read().detach().cpu()
+                writer.write_tensor_data(_blocks(name, tensor, kinds[name]))
                 stored.release()
         finally:
             writer.close()
@@ -394,6 +397,12 @@ def _kind_of(stored: Stored, wanted: str | None) -> str:
             f"which does not divide it. Write F16."
         )
     return wanted
+
+
+def _shape_in_bytes(stored: Stored, sizes: tuple[int, int]) -> tuple[int, ...]:
+    """`sizes` are a block's, in numbers and in bytes."""
+    block, block_bytes = sizes
+    return (*stored.shape[:-1], stored.shape[-1] // block * block_bytes)
 
 
 def _blocks(name: str, tensor: Tensor, kind: str) -> Any:

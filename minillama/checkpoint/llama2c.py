@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from minillama.checkpoint.folder import CheckpointError, replacing_file
+from minillama.checkpoint.folder import CheckpointError, replacing_file, writing
 from minillama.checkpoint.weights import (
     Checkpoint,
     Stored,
@@ -23,6 +23,7 @@ from minillama.checkpoint.weights import (
     in_file,
     map_file,
     parameter_shapes,
+    raw_bytes,
 )
 from minillama.config import LlamaConfig
 from minillama.model.rope import rope_angles
@@ -38,7 +39,6 @@ from minillama.tokenizer.vocabulary import (
 
 MAGIC = 0x616B3432  # "ak42"
 VERSIONS = (0, 1, 2)
-TOKENIZER_BIN = "tokenizer.bin"
 _LEGACY_HEADER, _HEADER = 28, 256  # bytes
 _GROUP = 64  # numbers that share a scale in v2; fewer where 64 does not divide the rows
 # The order of the tensors in the file; a layer's tensor stands for those of all layers in turn.
@@ -60,7 +60,6 @@ def open_llama2c(file: str | os.PathLike[str]) -> Checkpoint:
 
     The format holds neither eps nor RoPE's base: they are llama2.c's constants, 1e-5 and 10,000.
     It has no checksum either: of damage, only what changes the header or the length is seen.
-    The tokenizer is the tokenizer.bin that lies beside the file, if one does.
     Raises CheckpointError, naming the file, if its length is not what its header says.
     """
     path = Path(file)
@@ -84,10 +83,7 @@ def open_llama2c(file: str | os.PathLike[str]) -> Checkpoint:
             f"the file is cut off or damaged, or is no llama2.c model."
         )
 
-    weights = dict(_stored(path, version, config, group))
-    tokenizer = path.with_name(TOKENIZER_BIN)
-    beside = (lambda: load_tokenizer_bin(tokenizer)) if tokenizer.is_file() else None
-    return Checkpoint(config, weights, beside, path)
+    return Checkpoint(config, dict(_stored(path, version, config, group)), None, path)
 
 
 def save_llama2c(
@@ -113,7 +109,7 @@ def save_llama2c(
             f"Write another format."
         )
     vocabulary = tokenizer_bin(tokenizer)
-    beside = path.with_name(TOKENIZER_BIN)
+    beside = path.with_name("tokenizer.bin")
     if beside.exists() and beside.read_bytes() != vocabulary:
         raise CheckpointError(
             f"{beside} is the tokenizer of another model, and llama2.c would look for this model's "
@@ -123,7 +119,7 @@ def save_llama2c(
     while config.dim % group or config.hidden_dim % group:
         group //= 2
 
-    with replacing_file(path) as new:
+    with writing(path, 4 * config.n_parameters, replacing_file) as new:
         with new.open("wb") as file:
             file.write(_header(config, version, group))
             for name in _layout(config, _ORDER if version else _LEGACY_ORDER):
@@ -133,7 +129,7 @@ def save_llama2c(
                 weight = stored.read().float()
                 parts = (weight,) if version < 2 or weight.dim() == 1 else quantised(weight, group)
                 for part in parts:
-                    part.contiguous().numpy().tofile(file)
+                    file.write(raw_bytes(part))
                 stored.release()
             if version == 0 and config.tie_embeddings:
                 file.write(_rope_tables(config))
