@@ -1,29 +1,49 @@
-"""Weights on disk: `load` recognises a format by its content, `save` writes any of them."""
+"""Weights on disk: `load` recognises a format by its content, `save` and `convert` write any."""
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from minillama.checkpoint.folder import CheckpointError, interrupted_save
+from minillama.checkpoint.folder import CheckpointError, check_new, interrupted_save
+from minillama.checkpoint.gguf import open_gguf, save_gguf
 from minillama.checkpoint.hub import local_path
-from minillama.checkpoint.llama2c import load_llama2c, load_tokenizer_bin
+from minillama.checkpoint.huggingface import open_huggingface, save_huggingface
+from minillama.checkpoint.llama2c import load_tokenizer_bin, open_llama2c, save_llama2c
+from minillama.checkpoint.meta import open_meta, save_meta
 from minillama.checkpoint.native import open_native, save_native
 from minillama.checkpoint.weights import (
     Checkpoint,
     check_room,
     check_vocabulary,
     checkpoint_of,
+    converted,
     llama_from,
-    main_dtype,
 )
 from minillama.config import LlamaConfig, known_name
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["CheckpointError", "load", "load_config", "load_tokenizer", "open_checkpoint", "save"]
+__all__ = [
+    "CheckpointError",
+    "convert",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "open_checkpoint",
+    "save",
+]
 
-WRITERS = {"native": save_native}
+WRITERS: dict[str, Callable[..., None]] = {
+    "native": save_native,
+    "huggingface": save_huggingface,
+    "meta": save_meta,
+    "llama2.c": save_llama2c,
+    "gguf": save_gguf,
+}
 
 
 def load(
@@ -31,13 +51,15 @@ def load(
     tokenizer: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
 ) -> tuple[Llama, Tokenizer]:
     """A model and its tokenizer from a checkpoint of any format that minillama reads.
 
-    `path` is what `open_checkpoint` takes. `tokenizer` names a tokenizer.model or a llama2.c
-    tokenizer.bin, where none comes with the weights. `dtype` converts the weights; None leaves them
-    in the one in which most of them are stored, and on a CPU mapped into memory: they are read from
-    the file when they are used, and a model of many gigabytes opens at once.
+    `path` is what `open_checkpoint` takes. `tokenizer` names a tokenizer's file, where none comes
+    with the weights, or another is wanted. `dtype` converts the weights; None leaves them in the
+    one in which most of them are stored, and on a CPU mapped into memory: they are read from the
+    file when they are used, and a model of many gigabytes opens at once. `quantize` ("int8",
+    "int4", "nf4") puts each matrix into few bits as soon as it is read.
 
     Raises FileNotFoundError, or CheckpointError (a ValueError) that names the file, if something is
     missing, damaged, or does not fit together; ValueError, with numbers and ways out, if there is
@@ -46,8 +68,8 @@ def load(
     checkpoint = open_checkpoint(path)
     tok = _tokenizer(checkpoint, tokenizer)
     check_vocabulary(checkpoint.config, tok)
-    check_room(checkpoint.config, dtype or main_dtype(checkpoint), device)
-    return llama_from(checkpoint, device, dtype), tok
+    check_room(checkpoint, device, dtype, quantize)
+    return llama_from(checkpoint, device, dtype, quantize), tok
 
 
 def load_config(path: str | os.PathLike[str]) -> LlamaConfig:
@@ -58,42 +80,87 @@ def load_config(path: str | os.PathLike[str]) -> LlamaConfig:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """A checkpoint of any format, recognised by its content; its weights are not read.
 
-    `path` may also be a name: one of `minillama fetch`, or "org/name" of the Hugging Face hub.
+    `path` is a folder that minillama saved, Meta's release, or a folder of Hugging Face's; or a
+    file of GGUF or llama2.c. It may also be a name: one of `minillama fetch`, or "org/name" of the
+    Hugging Face hub.
     Raises FileNotFoundError, or CheckpointError, naming the file, for what cannot be one; for a
     name, what `hub.local_path` raises.
     """
     path = local_path(path)
     if path.is_dir():
-        return open_native(path)
+        return _open_folder(path)
     if path.is_file():
-        config, weights = load_llama2c(path)
-        weights = {
-            n: w for n, w in weights.items() if n != "output.weight" or not config.tie_embeddings
-        }
-        from minillama.checkpoint.weights import _in_memory
-
-        return Checkpoint(config, {n: _in_memory(w) for n, w in weights.items()}, None, path)
+        return _open_file(path)
     if earlier := interrupted_save(path):
         raise FileNotFoundError(
             f"There is no {path}: its last save was cut off. {earlier} is the checkpoint before "
             f"it; rename it to {path.name}."
         )
     raise FileNotFoundError(
-        f"There is no {path}. A checkpoint is a folder that minillama saved, or a .bin file of "
-        f"llama2.c; `minillama demo` makes one in runs/demo/checkpoint."
+        f"There is no {path}. A checkpoint is a folder (minillama's, Meta's or Hugging Face's), or "
+        f"a file of GGUF or llama2.c; `minillama demo` makes one in runs/demo/checkpoint, and "
+        f"`minillama fetch` lists real ones."
     )
 
 
 def save(
-    path: str | os.PathLike[str], model: Llama, tokenizer: Tokenizer, format: str = "native"
+    path: str | os.PathLike[str],
+    model: Llama,
+    tokenizer: Tokenizer,
+    format: str = "native",
+    **options: Any,
 ) -> None:
-    """Write a checkpoint, atomically: see `save_native` for what that promises.
+    """Write a checkpoint, atomically: "native", "huggingface", "meta", "llama2.c" or "gguf".
 
-    Raises ValueError for a format that cannot be written, CheckpointError or OSError as
-    `save_native` does.
+    `options` are those of the format's writer: `shards` of "meta", `version` of "llama2.c", `kind`
+    of "gguf", `shard_bytes` of "huggingface". See `save_native` for what replaces what.
+
+    Raises ValueError for a format that cannot be written, or that has no place for this model;
+    CheckpointError or OSError as `save_native` does.
     """
+    _write(path, checkpoint_of(model, Path(path)), tokenizer, format, options)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    format: str,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> None:
+    """Write a checkpoint in another format, with one tensor in memory at a time.
+
+    In the source's own dtype, where `dtype` is None, the numbers are the same to the bit; `options`
+    are those of `save`.
+
+    Raises what `open_checkpoint` and `save` raise, and CheckpointError if `target` exists.
+    """
+    check_new(Path(target))
+    checkpoint = open_checkpoint(source)
+    weights = checkpoint.weights
+    if not checkpoint.quantization:
+        weights = {name: converted(stored, dtype) for name, stored in weights.items()}
+    tok = _tokenizer(checkpoint, tokenizer)
+    _write(target, replace(checkpoint, weights=weights), tok, format, options)
+
+
+def _write(
+    path: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    format: str,
+    options: dict[str, Any],
+) -> None:
     writer = WRITERS[known_name("format", format, WRITERS)]
-    writer(Path(path), checkpoint_of(model, Path(path)), tokenizer)
+    if checkpoint.quantization and format != "native":
+        raise ValueError(
+            f"The weights are in {checkpoint.quantization['kind']}, packed as minillama does it, "
+            f"which {format} cannot hold. Save them as native; or convert the model that they were "
+            f"made of."
+        )
+    check_vocabulary(checkpoint.config, tokenizer)
+    writer(Path(path), checkpoint, tokenizer, **options)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -105,6 +172,28 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if Path(path).suffix == ".bin":
         return load_tokenizer_bin(path)
     return Tokenizer(path)
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    names = {file.name for file in path.iterdir()}
+    if any(name.startswith("consolidated.") for name in names):
+        return open_meta(path)
+    if names & {"config.json", "model.safetensors.index.json", "pytorch_model.bin"}:
+        return open_huggingface(path)
+    return open_native(path)
+
+
+def _open_file(path: Path) -> Checkpoint:
+    with path.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            return open_gguf(path)
+    if path.suffix in (".safetensors", ".pth", ".json", ".model") or path.name.startswith(
+        "pytorch_model"
+    ):
+        raise CheckpointError(
+            f"{path} is one file of a checkpoint, which is the whole folder: name {path.parent}."
+        )
+    return open_llama2c(path)
 
 
 def _tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str] | None) -> Tokenizer:

@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 SUMS = "SHA256SUMS"
 _TEXT_THAT_IS_NO_FILE = (b"<!doctype", b"<html", b"<?xml", b"version https://git-lfs")
@@ -108,6 +110,19 @@ def check_new(path: Path) -> None:
         raise CheckpointError(
             f"{path} exists and is not overwritten. Name a place where nothing is yet."
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError, naming the file, if there is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is no JSON: {error}{what_it_is(path)}. Download or copy it again."
+        ) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds {str(values)[:50]!r} in place of named settings.")
+    return values
 
 
 def what_it_is(path: Path) -> str:

@@ -1,15 +1,43 @@
-"""Hugging Face's names and layout of the same weights.
+"""Hugging Face's folders, and its names and layout of the same weights.
+
+config.json                    the sizes, under other names than Meta's
+model.safetensors              the weights; large models in parts, with model.safetensors.index.json
+pytorch_model.bin              the same in older folders, with pytorch_model.bin.index.json
+tokenizer.model, .json         SentencePiece's file, or that of the tokenizers library, or both
 
 Two things differ from Meta's: the names, and the order of the rows of wq and wk. Their rotation
 pairs channel i with channel i + head_dim / 2, so each head's rows go from 0 1 2 3 ... to
 0 2 4 ... 1 3 5 .... Nothing else in minillama knows that layout.
 """
 
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from minillama.checkpoint.folder import CheckpointError, check_new, read_json, writing
+from minillama.checkpoint.pickles import open_pickle
+from minillama.checkpoint.safetensors import open_safetensors, save_safetensors
+from minillama.checkpoint.weights import (
+    Checkpoint,
+    Stored,
+    check_vocabulary,
+    computed,
+    config_of,
+    main_dtype,
+    n_bytes,
+)
 from minillama.config import LlamaConfig
+from minillama.tokenizer import Tokenizer
+
+CONFIG, WEIGHTS, PICKLE = "config.json", "model.safetensors", "pytorch_model.bin"
+SHARD_BYTES = 5 * 10**9  # of one file, at most; what many hosts of files take
 
 _LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -26,6 +54,31 @@ _OUTER_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
     "output": "lm_head",
+}
+_OUR_LAYER_NAMES = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
+_OUR_OUTER_NAMES = {theirs: ours for ours, theirs in _OUTER_NAMES.items()}
+
+# The fields of LlamaConfig under Hugging Face's names, with the value that stands for an absent one
+# (of transformers' own configuration, where a folder may rely on it); None: it must be there.
+_FIELDS: dict[str, tuple[str, Any]] = {
+    "dim": ("hidden_size", None),
+    "n_layers": ("num_hidden_layers", None),
+    "n_heads": ("num_attention_heads", None),
+    "hidden_dim": ("intermediate_size", None),
+    "vocab_size": ("vocab_size", None),
+    "max_seq_len": ("max_position_embeddings", 2048),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "tie_embeddings": ("tie_word_embeddings", False),
+}
+# Settings that change what is computed, and the values that are what a Llama of the papers does.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (),
+    "partial_rotary_factor": (1, 1.0),
+    "quantization_config": (),
 }
 
 
@@ -60,6 +113,19 @@ def huggingface_name(name: str) -> str:
     return f"model.layers.{index}.{_LAYER_NAMES[inner]}.weight"
 
 
+def our_name(theirs: str) -> str | None:
+    """The inverse of `huggingface_name`; None for a tensor that a Llama does not have."""
+    stem = theirs.removesuffix(".weight")
+    if not theirs.endswith(".weight"):
+        return None
+    if stem in _OUR_OUTER_NAMES:
+        return f"{_OUR_OUTER_NAMES[stem]}.weight"
+    model, layers, index, inner = (stem.split(".", 3) + [""] * 4)[:4]
+    if (model, layers) != ("model", "layers") or inner not in _OUR_LAYER_NAMES:
+        return None
+    return f"layers.{index}.{_OUR_LAYER_NAMES[inner]}.weight"
+
+
 def to_huggingface(state: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
     """A state dict of ours as LlamaForCausalLM's: renamed, wq and wk reordered."""
     n_heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
@@ -70,3 +136,237 @@ def to_huggingface(state: dict[str, Tensor], config: LlamaConfig) -> dict[str, T
             weight = halves_from_pairs(weight, n_heads[kind])
         renamed[huggingface_name(name)] = weight
     return renamed
+
+
+def open_huggingface(folder: str | os.PathLike[str]) -> Checkpoint:
+    """A folder that transformers saved; wq and wk are reordered when they are read.
+
+    Safetensors are preferred to pickles. Of the tokenizers, tokenizer.model is, unless it has not
+    the model's vocabulary and tokenizer.json lies beside it.
+    Raises CheckpointError, naming the file, if one is missing, damaged or does not fit the others,
+    and if config.json asks for anything that a Llama of the papers does not do.
+    """
+    folder = Path(folder)
+    config = read_config(folder / CONFIG)
+    weights = {}
+    for theirs, stored in _tensors(folder).items():
+        if theirs.endswith("rotary_emb.inv_freq"):
+            continue  # RoPE's frequencies, which are computed
+        name = our_name(theirs)
+        if name is None:
+            raise CheckpointError(
+                f"{folder} holds {theirs}, which no Llama has: it is a model of another kind, or "
+                f"an adapter, and read without it, it would speak wrongly."
+            )
+        if name == "output.weight" and config.tie_embeddings:
+            continue  # transformers ties the head to the embeddings, whatever the file has for it
+        weights[name] = _reordered(name, stored, config, pairs_from_halves)
+    return Checkpoint(config, weights, _tokenizer(folder, config), folder)
+
+
+def save_huggingface(
+    folder: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers loads, with one tensor in memory at a time.
+
+    Files grow to `shard_bytes` at most, unless a single tensor is larger.
+    Raises CheckpointError if `folder` exists, OSError if it cannot be written.
+    """
+    folder, config = Path(folder), checkpoint.config
+    check_new(folder)
+    check_vocabulary(config, tokenizer)
+    theirs = {
+        huggingface_name(name): _reordered(name, stored, config, halves_from_pairs)
+        for name, stored in checkpoint.weights.items()
+    }
+    total = sum(map(n_bytes, theirs.values()))
+    shards = list(_shards(theirs, shard_bytes))
+    with writing(folder, total) as new:
+        places: dict[str, str] = {}
+        for index, shard in enumerate(shards, start=1):
+            name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+            name = name if len(shards) > 1 else WEIGHTS
+            save_safetensors(new / name, shard)
+            places |= dict.fromkeys(shard, name)
+        if len(shards) > 1:
+            index_ = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            _write_json(new / f"{WEIGHTS}.index.json", index_)
+        dtype = str(main_dtype(checkpoint)).removeprefix("torch.")
+        _write_json(new / CONFIG, config_json(config, tokenizer, dtype))
+        (new / tokenizer.file_name).write_bytes(tokenizer.to_bytes())
+
+
+def read_config(path: Path) -> LlamaConfig:
+    """The sizes in a config.json, of transformers 4 or 5.
+
+    Raises CheckpointError, naming the file and the setting, for anything that changes what is
+    computed and is not what a Llama of the papers does: nothing is ignored that matters.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"There is no {path}, which says what model the weights beside it make. It comes with "
+            f"them: download or copy it, too."
+        )
+    values = read_json(path)
+    for name, plain in _PLAIN.items():
+        if values.get(name) is not None and values[name] not in plain:
+            raise _refused(path, name, values[name], " or ".join(map(repr, plain)) or "absent")
+    if values.get("architectures", ["LlamaForCausalLM"]) != ["LlamaForCausalLM"]:
+        raise _refused(path, "architectures", values["architectures"], "['LlamaForCausalLM']")
+    sizes = {}
+    for ours, (theirs, default) in _FIELDS.items():
+        sizes[ours] = values.get(theirs, default)
+        if sizes[ours] is None:
+            raise CheckpointError(f"{path} says no {theirs}, without which there is no model.")
+    sizes["n_kv_heads"] = values.get("num_key_value_heads") or sizes["n_heads"]
+    sizes["rope_theta"] = _rope_theta(path, values)
+    config = config_of(path, sizes)
+    if values.get("head_dim") not in (None, config.head_dim):
+        raise _refused(path, "head_dim", values["head_dim"], f"{config.head_dim}, dim / n_heads")
+    return config
+
+
+def config_json(config: LlamaConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    """The content of config.json, so that transformers 4 and 5 read the same model out of it."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{theirs: getattr(config, ours) for ours, (theirs, _) in _FIELDS.items()},
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,  # where transformers 4 looks for it
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # and 5
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "torch_dtype": dtype,
+    }
+
+
+def _rope_theta(path: Path, values: dict[str, Any]) -> Any:
+    """RoPE's base: a setting of its own, or among others that stretch the positions."""
+    theta = values.get("rope_theta")
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = values.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise _refused(path, name, rope, "a table")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or not set(rope) <= {"rope_type", "type", "rope_theta"}:
+            raise CheckpointError(
+                f"{path}: {name} is {rope}, which stretches RoPE's positions. The Llamas of the "
+                f"papers do not; read without it, the model would speak wrongly."
+            )
+        theta = rope.get("rope_theta", theta)
+    return 10_000.0 if theta is None else theta
+
+
+def _refused(path: Path, name: str, value: Any, needed: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {name} is {value!r}, but a Llama of the papers needs {needed}. Read without it, "
+        f"the model would speak wrongly."
+    )
+
+
+def _tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder, under their names there."""
+    for name, reader in ((WEIGHTS, open_safetensors), (PICKLE, open_pickle)):
+        if (folder / name).is_file():
+            return reader(folder / name)
+        if (folder / f"{name}.index.json").is_file():
+            return _indexed(folder / f"{name}.index.json", reader)
+    raise CheckpointError(
+        f"{folder} holds a {CONFIG}, but neither {WEIGHTS} nor {PICKLE}, nor an index of parts of "
+        f"them. Download or copy the weights, too."
+    )
+
+
+def _indexed(index: Path, reader: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
+    """All tensors of the parts that an index names."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+        raise CheckpointError(f"{index} has no list of names of files. Download it again.")
+    names = sorted(set(places.values()))
+    for name in names:
+        _check_inside(index, name)
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index.parent}: {', '.join(missing)} missing, {len(missing)} of {len(names)} parts "
+            f"of the model. Download or copy them, too."
+        )
+    tensors: dict[str, Stored] = {}
+    for name in names:
+        part = reader(index.parent / name)
+        wrong = {tensor for tensor in part if places.get(tensor) != name}
+        wrong |= {tensor for tensor, place in places.items() if place == name} - set(part)
+        if wrong:
+            raise CheckpointError(
+                f"{index.parent / name} and {index.name} disagree about {min(wrong)} "
+                f"({len(wrong)} tensors). They belong to different models."
+            )
+        tensors |= part
+    return tensors
+
+
+def _check_inside(index: Path, name: str) -> None:
+    """Raises CheckpointError if an index leads out of its folder, where it has no business.
+
+    A download cache of huggingface_hub keeps the files themselves in `blobs`, and links to them in
+    `snapshots/COMMIT`: these links may be followed.
+    """
+    folder = index.parent.resolve()
+    allowed = {folder}
+    if folder.parent.name == "snapshots":
+        allowed.add(folder.parent.parent / "blobs")
+    is_name = name not in ("", ".", "..") and Path(name).name == name
+    if not is_name or (folder / name).resolve().parent not in allowed:
+        raise CheckpointError(
+            f"{index} names the file {name!r}, which lies outside of its folder and was not "
+            f"opened. Parts of a model lie beside their index."
+        )
+
+
+def _reordered(
+    name: str, stored: Stored, config: LlamaConfig, reorder: Callable[..., Tensor]
+) -> Stored:
+    """wq and wk with their rows in another order, each by its own number of heads."""
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
+    if heads is None:
+        return stored
+    if stored.shape != (heads * config.head_dim, config.dim):
+        return stored  # Checkpoint refuses it
+    return computed([stored], partial(reorder, n_heads=heads), stored.shape)
+
+
+def _shards(tensors: Mapping[str, Stored], limit: int) -> Iterator[dict[str, Stored]]:
+    """The tensors in their order, in groups of at most `limit` bytes."""
+    shard: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        if shard and sum(map(n_bytes, shard.values())) + n_bytes(stored) > limit:
+            yield shard
+            shard = {}
+        shard[name] = stored
+    yield shard
+
+
+def _tokenizer(folder: Path, config: LlamaConfig) -> Callable[[], Tokenizer] | None:
+    found = [p for p in (folder / "tokenizer.model", folder / "tokenizer.json") if p.is_file()]
+
+    def choose() -> Tokenizer:
+        tokenizer = Tokenizer(found[0])
+        if tokenizer.vocab_size != config.vocab_size and len(found) > 1:
+            return Tokenizer(found[1])
+        return tokenizer
+
+    return choose if found else None
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,8 +1,8 @@
 """minillama's own checkpoint: one folder that is either whole or not there.
 
-params.json        the LlamaConfig
+params.json        the LlamaConfig; for weights in few bits, also how they are quantised
 model.safetensors  the weights, under Meta's names; nothing in it can be executed
-tokenizer.model    SentencePiece's file
+tokenizer.model    SentencePiece's file; or tokenizer.json, that of the tokenizers library
 SHA256SUMS         of the three; `sha256sum -c SHA256SUMS` reads it too
 """
 
@@ -10,22 +10,23 @@ import json
 import os
 from pathlib import Path
 
-from minillama.checkpoint.folder import SUMS, CheckpointError, verify_sums, writing
+from minillama.checkpoint.folder import SUMS, CheckpointError, read_json, verify_sums, writing
 from minillama.checkpoint.safetensors import open_safetensors, save_safetensors
 from minillama.checkpoint.weights import (
     Checkpoint,
     check_vocabulary,
+    config_of,
     model_from,
     n_bytes,
     parameter_shapes,
 )
-from minillama.config import LlamaConfig
 from minillama.tokenizer import Tokenizer
 
 __all__ = ["check_vocabulary", "model_from", "open_native", "parameter_shapes", "save_native"]
 
 PARAMS, WEIGHTS, TOKENIZER = SUMMED = ("params.json", "model.safetensors", "tokenizer.model")
 FILES = (*SUMMED, SUMS)
+TOKENIZER_JSON = "tokenizer.json"  # in place of tokenizer.model
 # Bytes of a file up to which `open_native` computes its SHA-256: a sum takes seconds per gigabyte,
 # and a model of many opens in less than one. `minillama verify` computes all.
 SUMMED_AT_ONCE = 2**26
@@ -45,8 +46,11 @@ def save_native(
     check_vocabulary(checkpoint.config, tokenizer)
     with writing(folder, sum(map(n_bytes, checkpoint.weights.values()))) as new:
         save_safetensors(new / WEIGHTS, checkpoint.weights)
-        (new / PARAMS).write_text(json.dumps(checkpoint.config.to_dict(), indent=2) + "\n")
-        (new / TOKENIZER).write_bytes(tokenizer.to_proto())
+        params = checkpoint.config.to_dict()
+        if checkpoint.quantization:
+            params["quantization"] = checkpoint.quantization
+        (new / PARAMS).write_text(json.dumps(params, indent=2) + "\n")
+        (new / tokenizer.file_name).write_bytes(tokenizer.to_bytes())
 
 
 def open_native(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -57,18 +61,19 @@ def open_native(folder: str | os.PathLike[str]) -> Checkpoint:
     Raises CheckpointError, naming the file, if one is missing, damaged or does not fit the others.
     """
     folder = Path(folder)
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    tokenizer = TOKENIZER_JSON if (folder / TOKENIZER_JSON).is_file() else TOKENIZER
+    needed = (PARAMS, WEIGHTS, tokenizer)
+    missing = [name for name in (*needed, SUMS) if not (folder / name).is_file()]
     if missing:
         inside = folder / "checkpoint"
         hint = f"; {inside} is one" if (inside / PARAMS).is_file() else ""
         raise CheckpointError(
             f"{folder} is no checkpoint of minillama: {', '.join(missing)} missing{hint}."
         )
-    verify_sums(folder, SUMMED, SUMMED_AT_ONCE)
-    try:
-        config = LlamaConfig.from_dict(json.loads((folder / PARAMS).read_text()))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / PARAMS} is no config of a model: {error}") from error
+    verify_sums(folder, needed, SUMMED_AT_ONCE)
+    params = read_json(folder / PARAMS)
+    quantization = params.pop("quantization", None)
+    config = config_of(folder / PARAMS, params)
     weights = open_safetensors(folder / WEIGHTS)
     if config.tie_embeddings and "output.weight" in weights:
         raise CheckpointError(
@@ -76,13 +81,22 @@ def open_native(folder: str | os.PathLike[str]) -> Checkpoint:
             f"(tie_embeddings), but {WEIGHTS} holds one of its own. They belong to different "
             f"models."
         )
-    return Checkpoint(config, weights, lambda: Tokenizer(folder / TOKENIZER), folder)
+    try:
+        return Checkpoint(
+            config, weights, lambda: Tokenizer(folder / tokenizer), folder, quantization
+        )
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError) as error:  # from `empty_linear`
+        raise CheckpointError(
+            f"{folder / PARAMS} has a quantization that cannot be, {quantization}: {error}"
+        ) from error
 
 
 def check_replaceable(folder: Path) -> None:
     """Raises CheckpointError if a checkpoint saved at `folder` would delete anything else."""
     found = folder.iterdir() if folder.is_dir() else ()
-    foreign = sorted(path.name for path in found if path.name not in FILES)
+    foreign = sorted(path.name for path in found if path.name not in (*FILES, TOKENIZER_JSON))
     if foreign or (folder.exists() and not folder.is_dir()):
         raise CheckpointError(
             f"{folder} is not replaced by a checkpoint: "

@@ -9,18 +9,22 @@ import mmap
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
+from minillama.adapt.quantize import empty_linear, quantization_of, quantize_linear
 from minillama.checkpoint.folder import CheckpointError
 from minillama.config import LlamaConfig
 from minillama.model import Llama
 from minillama.plan import InferencePlan, check_fits, free_memory
 from minillama.tokenizer import Tokenizer
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights
 
 
 def _nothing() -> None:
@@ -128,6 +132,8 @@ class Checkpoint:
 
     `weights` are under Meta's names and in Meta's order of the rows of wq and wk; a tied head has
     no `output.weight`. `tokenizer` opens the tokenizer that comes with them; None if none does.
+    Where `quantization` says how (`adapt.quantize.quantization_of`), the linear layers are in few
+    bits, and `weights` hold their codes and scales.
 
     Raises CheckpointError, naming `path`, unless names, shapes and dtypes make a model of `config`.
     """
@@ -136,6 +142,7 @@ class Checkpoint:
     weights: Mapping[str, Stored]
     tokenizer: Callable[[], Tokenizer] | None
     path: Path
+    quantization: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         found = {name: stored.shape for name, stored in self.weights.items()}
@@ -144,9 +151,10 @@ class Checkpoint:
                 f"{self.path}: the config has {self.config.n_layers} layers, but there are only "
                 f"{len(found)} tensors. They belong to different models, or files are missing."
             )
-        needed = parameter_shapes(self.config)
+        state = empty_llama(self.config, self.quantization).state_dict()
         if self.config.tie_embeddings:
-            del needed["output.weight"]
+            state.pop("output.weight", None)
+        needed = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if needed != found:
             wrong = sorted(needed.items() ^ found.items())
             name = wrong[0][0]
@@ -157,9 +165,11 @@ class Checkpoint:
                 f"models."
             )
         for name, stored in self.weights.items():
-            if not stored.dtype.is_floating_point:
+            is_number = state[name].is_floating_point()
+            if stored.dtype not in DTYPES if is_number else stored.dtype != state[name].dtype:
                 raise CheckpointError(
-                    f"{self.path}: {name} is of {stored.dtype}, which no weight can be."
+                    f"{self.path}: {name} is of {stored.dtype}, which no weight can be: it must be "
+                    f"of {' or '.join(map(str, DTYPES)) if is_number else state[name].dtype}."
                 )
 
 
@@ -167,30 +177,50 @@ def checkpoint_of(model: Llama, path: Path) -> Checkpoint:
     """A model in memory as a checkpoint to write."""
     weights = {name: _in_memory(tensor) for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
-        del weights["output.weight"]  # it is tok_embeddings.weight
-    return Checkpoint(model.config, weights, None, path)
+        weights.pop("output.weight", None)  # it is tok_embeddings.weight
+    return Checkpoint(model.config, weights, None, path, quantization_of(model))
 
 
 def llama_from(
-    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
 ) -> Llama:
     """Read a model, tensor by tensor: nothing but the result and one tensor is ever in memory.
 
     On a CPU and in the stored dtype the weights stay mapped: they are read when they are used.
-    With `dtype` None all are of the dtype in which most numbers are stored.
+    With `dtype` None all are of the dtype in which most numbers are stored. `quantize` puts the
+    linear layers into few bits, each as soon as it is read.
+    Raises ValueError if they are so already.
     """
+    if quantize and checkpoint.quantization:
+        raise ValueError(
+            f"{checkpoint.path} holds weights in {checkpoint.quantization['kind']} already, and "
+            f"what they lost is not regained: load it as it is, or load the model it was made of."
+        )
     dtype = dtype or main_dtype(checkpoint)
-    weights = {}
-    for name, stored in checkpoint.weights.items():
-        stored = converted(stored, dtype)
-        weight = stored.read()
-        weights[name] = weight.to(device)
-        if weights[name] is not weight:
+    model = empty_llama(checkpoint.config, checkpoint.quantization)
+    parameters = {name for name, _ in model.named_parameters()}
+    left, weights = dict(checkpoint.weights), {}
+    for name, layer in list(model.named_modules()) if quantize else ():
+        if isinstance(layer, nn.Linear):
+            stored = left.pop(f"{name}.weight", None) or left["tok_embeddings.weight"]
+            _replace(model, name, quantize_linear(stored.read().to(device), str(quantize)))
             stored.release()
-    return model_from(checkpoint.config, weights, checkpoint.path)
+    for name, stored in left.items():
+        wanted = converted(stored, dtype if name in parameters else None)
+        tensor = wanted.read()
+        weights[name] = tensor.to(device)
+        if weights[name] is not tensor:
+            wanted.release()
+    model.load_state_dict(weights, assign=True, strict=False)  # Checkpoint has looked at the names
+    if checkpoint.config.tie_embeddings and isinstance(model.output, nn.Linear):
+        model.output.weight = model.tok_embeddings.weight
+    return model
 
 
-def model_from(config: LlamaConfig, weights: dict[str, Tensor], source: object) -> Llama:
+def model_from(config: LlamaConfig, weights: Mapping[str, Tensor], source: object) -> Llama:
     """A Llama around these weights, without copying them; a tied head may be left out.
 
     Raises CheckpointError, naming `source`, unless names, shapes and dtypes make such a model.
@@ -198,27 +228,29 @@ def model_from(config: LlamaConfig, weights: dict[str, Tensor], source: object) 
     stored = {name: _in_memory(tensor) for name, tensor in weights.items()}
     if config.tie_embeddings:
         stored.pop("output.weight", None)
-    Checkpoint(config, stored, None, Path(str(source)))  # which looks at the shapes
-    model = empty_llama(config)
-    if config.tie_embeddings:
-        weights = weights | {"output.weight": weights["tok_embeddings.weight"]}
-    model.load_state_dict(weights, assign=True)
-    if config.tie_embeddings:
-        model.output.weight = model.tok_embeddings.weight
-    return model
+    return llama_from(Checkpoint(config, stored, None, Path(str(source))))
 
 
 def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype in which most of the numbers are stored."""
+    """The dtype in which most of the numbers are stored; of those that are no codes and scales."""
+    if checkpoint.quantization:
+        return checkpoint.weights["tok_embeddings.weight"].dtype
     numbers: Counter[torch.dtype] = Counter()
     for stored in checkpoint.weights.values():
         numbers[stored.dtype] += torch.Size(stored.shape).numel()
     return numbers.most_common(1)[0][0]
 
 
-def check_room(config: LlamaConfig, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
-    """Raises ValueError, with numbers and ways out, if weights of `dtype` do not fit there."""
-    plan = InferencePlan(config=config, seq_len=1, dtype=str(dtype).removeprefix("torch."))
+def check_room(
+    checkpoint: Checkpoint,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+) -> None:
+    """Raises ValueError, with numbers and ways out, if what `llama_from` reads does not fit."""
+    kind = quantize or (checkpoint.quantization or {}).get("kind")
+    name = str(dtype or main_dtype(checkpoint)).removeprefix("torch.")
+    plan = InferencePlan(config=checkpoint.config, seq_len=1, dtype=name, quantize=kind)
     check_fits(plan, free_memory(str(device)))
 
 
@@ -232,15 +264,46 @@ def check_vocabulary(config: LlamaConfig, tokenizer: Tokenizer) -> None:
         )
 
 
+def config_of(path: Path, sizes: Any) -> LlamaConfig:
+    """The LlamaConfig of these fields, as a file of JSON has them.
+
+    Raises CheckpointError, naming `path`, if they cannot be.
+    """
+    kinds: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
+    try:
+        for field in fields(LlamaConfig) if isinstance(sizes, dict) else ():
+            value = sizes.get(field.name)
+            if field.name in sizes and type(value) not in kinds[field.type]:
+                kind = getattr(field.type, "__name__", "")
+                raise ValueError(f"{field.name} is {value!r}, but must be of type {kind}.")
+        return LlamaConfig.from_dict(sizes)
+    except (ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path} is no config of a model: {error}") from error
+
+
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a model of this config, by name."""
     return {name: tuple(tensor.shape) for name, tensor in empty_llama(config).state_dict().items()}
 
 
-def empty_llama(config: LlamaConfig) -> Llama:
-    """A model whose parameters have shapes and no memory."""
+def empty_llama(config: LlamaConfig, quantization: dict[str, Any] | None = None) -> Llama:
+    """A model whose parameters have shapes and no memory; its linear layers maybe in few bits."""
     with torch.device("meta"):
-        return Llama(config)
+        model = Llama(config)
+    for name, layer in list(model.named_modules()) if quantization else ():
+        if isinstance(layer, nn.Linear):
+            settings: dict[str, Any] = quantization or {}
+            sizes: dict[str, Any] = {
+                "in_features": layer.in_features,
+                "out_features": layer.out_features,
+            }
+            _replace(model, name, empty_linear(**settings, **sizes))
+    return model
+
+
+def _replace(model: Llama, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
 
 
 def _in_memory(tensor: Tensor) -> Stored:

@@ -256,18 +256,20 @@ def test_tied_weights_without_the_one_matrix(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "Expecting property name"),
-        ("[1, 2]", "exactly the keys"),
+        ("{", "is no JSON: Expecting property name"),
+        ("[1, 2]", "holds .* in place of named settings"),
+        ("[" * 100_000, "is no JSON: maximum recursion"),
         ("{}", "exactly the keys"),
         (json.dumps(small_config().to_dict() | {"norm": 1}), "exactly the keys"),
         (json.dumps(small_config().to_dict() | {"n_layers": -1}), "n_layers is -1"),
+        (json.dumps(small_config().to_dict() | {"dim": "32"}), "dim is '32'"),
         (json.dumps(small_config().to_dict() | {"norm_eps": float("nan")}), "norm_eps is nan"),
     ],
 )
 def test_params_that_describe_no_model(folder, text, message):
     (folder / PARAMS).write_text(text)
     sign_again(folder)
-    with pytest.raises(CheckpointError, match=rf"{PARAMS} is no config of a model: .*{message}"):
+    with pytest.raises(CheckpointError, match=rf"{PARAMS} .*{message}"):
         load(folder)
 
 
