@@ -37,6 +37,7 @@ FLAT = tyro.conf.arg(name="")
 
 # The recipe of the demo, and of the toy checkpoint that the notebooks show.
 TOY_TRAINING = TrainingConfig.preset("toy")
+LLAMA_2_CHAT = Sampling(temperature=0.6, top_p=0.9)  # what its chat_completion draws with
 CONFIG = "config.toml"  # of a run
 RANK = int(os.environ.get("RANK", "0"))  # among the processes that torchrun started: 0 speaks
 
@@ -302,6 +303,47 @@ class Generate:
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Talk to a model in the terminal; /help lists the commands.
+
+    Example: minillama chat smollm2-135m-instruct --system "You are a helpful assistant."
+    """
+
+    model: tyro.conf.Positional[str]  # a checkpoint, or a name: see `minillama fetch`
+    tokenizer: Path | None = None  # where it does not lie beside the weights
+    system: str = ""  # says how the model is to behave
+    chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
+    max_new_tokens: int = 512  # of an answer
+    sampling: Annotated[Sampling, FLAT] = LLAMA_2_CHAT
+    seed: int | None = None  # the same seed draws the same answers
+    quantize: str | None = None  # int8, int4, nf4: fewer bits for the weights
+    device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
+
+    def run(self) -> None:
+        from minillama import load
+        from minillama.chat import Conversation
+        from minillama.chat.terminal import chat
+
+        model, tokenizer = load(
+            self.model, self.tokenizer, device=_device(self.device), quantize=self.quantize
+        )
+        conversation = Conversation(
+            model,
+            tokenizer,
+            self.system,
+            self.chat_format,
+            self.max_new_tokens,
+            self.sampling,
+            self.seed,
+        )
+        print(
+            f"{model.config.n_parameters:,} parameters, a context of {model.config.max_seq_len:,} "
+            f"tokens, chat format {conversation.chat_format}. /help lists the commands."
+        )
+        chat(conversation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -584,6 +626,7 @@ def main(arguments: list[str] | None = None) -> None:
             | Annotated[Curate, tyro.conf.subcommand("curate")]
             | Annotated[Fetch, tyro.conf.subcommand("fetch")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]
+            | Annotated[Chat, tyro.conf.subcommand("chat")]
             | Annotated[Info, tyro.conf.subcommand("info")]
             | Annotated[Plan, tyro.conf.subcommand("plan")],
             prog="minillama",

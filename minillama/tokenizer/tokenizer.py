@@ -46,6 +46,7 @@ class Tokenizer:
     eos_id: int
     pad_id: ClassVar[int] = -1
     adds_bos: bool  # does a text of this model start with BOS? LLaMA's do, SmolLM2's do not
+    dummy_prefix: bool  # does a text get a space in front, which decoding drops? LLaMA's do
     special_ids: dict[str, int]  # control pieces by name; they come from structure, never from text
     file_name: ClassVar[str]  # under which programs look for it
 

@@ -89,7 +89,7 @@ class JsonTokenizer(Tokenizer):
 
     def decoder(self) -> "ByteDecoder":
         """A fresh decoder for a stream of ids; what it returns adds up to `decode(ids)`."""
-        return ByteDecoder(self._surfaces, self._drops_space)
+        return ByteDecoder(self._surfaces, self.dummy_prefix)
 
     def to_bytes(self) -> bytes:
         """The content of the file as it was read, and in it what the files beside it said."""
@@ -166,8 +166,8 @@ class JsonTokenizer(Tokenizer):
         def surface(text: str) -> bytes:
             return b"".join(self._surfaces[i] for i in self._ids_of(text))
 
-        self._drops_space = surface("a") == b" a"
-        self._spares_space = self._drops_space and surface(" a") == b" a"
+        self.dummy_prefix = surface("a") == b" a"
+        self._spares_space = self.dummy_prefix and surface(" a") == b" a"
         lacking = set(self._lacking)
         probe = "".join(character for character in PROBE if not lacking & set(character.encode()))
         if (back := self.decode(self._ids_of(self._spelled(probe)))) != probe:

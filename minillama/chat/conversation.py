@@ -1,0 +1,154 @@
+"""A dialogue with a model, which forgets the oldest turns where its context ends."""
+
+import json
+import os
+import sys
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from minillama.chat.dialog import (
+    Message,
+    Role,
+    check_order,
+    end_of_answer,
+    fit,
+    neutralise,
+    recognise,
+)
+from minillama.config import Sampling
+from minillama.generation import Engine, Request
+from minillama.model import Llama
+from minillama.tokenizer import Tokenizer
+
+META_CHAT = Sampling(temperature=0.6, top_p=0.9)  # the settings of Llama 2's chat_completion
+
+
+class Conversation:
+    """Ask, and the model answers with all that was said before in mind.
+
+    >>> conversation = Conversation(model, tokenizer, system="Answer in one sentence.")
+    >>> print("".join(conversation.ask("What is a llama?")))
+
+    `messages` is what was said. Where it does not fit into the context any more, with room for
+    `max_new_tokens` (at most half of the context) left for the answer, the oldest turns are left
+    out of what the model reads; `n_forgotten` counts their messages. `chat_format` None takes the
+    one that the vocabulary speaks for (see `recognise`).
+    Raises ValueError as `encode_dialog` does.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        system: str = "",
+        chat_format: str | None = None,
+        max_new_tokens: int = 512,
+        sampling: Sampling = META_CHAT,
+        seed: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.chat_format = chat_format or recognise(tokenizer)
+        self.max_new_tokens, self.sampling, self.seed = max_new_tokens, sampling, seed
+        self._end_id = end_of_answer(tokenizer, self.chat_format)
+        self.messages: list[Message] = []
+        self.n_forgotten = 0
+        self.reset(system)
+
+    def reset(self, system: str | None = None) -> None:
+        """Forget what was said; ``system`` None keeps the system message."""
+        kept = [m for m in self.messages if m.role == "system"]
+        if system is not None:
+            kept = [Message("system", system)] if system else []
+        self._fit(kept, Message("user", "?"))
+        self.messages, self.n_forgotten = kept, 0
+
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """The pieces of the answer as they come; question and answer are then part of `messages`.
+
+        An answer that is not taken to its end is remembered as far as it came.
+        Raises ValueError before the first piece, and remembers nothing then.
+        """
+        messages = [*self.messages, Message("user", question)]
+        context = self.model.config.max_seq_len
+        room = context - min(self.max_new_tokens, context // 2)
+        kept, ids = self._fit(self.messages, messages[-1], room)
+        self.n_forgotten = len(messages) - len(kept)
+        limit = min(self.max_new_tokens, context - len(ids))
+        seed = None if self.seed is None else self.seed + len(messages)
+        request = Request(ids, limit, self.sampling, seed)
+        engine = Engine(self.model, self.tokenizer, rows=1, max_len=len(ids) + limit)
+        ticket = engine.submit(request)
+
+        def pieces() -> Generator[str, None, None]:
+            answer = ""
+            try:
+                while engine.busy:
+                    engine.step()
+                    if ticket.token_ids[-1:] == [self._end_id]:
+                        engine.cancel(ticket)
+                    piece = ticket.read()
+                    piece = piece if answer else piece.lstrip()
+                    answer += piece
+                    if piece:
+                        yield piece
+            finally:
+                self.messages = [*messages, Message("assistant", answer.strip())]
+
+        return pieces()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the messages as JSON. FileExistsError where something stands already."""
+        if os.path.exists(path):
+            raise FileExistsError(f"{os.fspath(path)} exists and is not overwritten: name another.")
+        fields = [{"role": m.role, "content": m.content} for m in self.messages]
+        text = json.dumps({"messages": fields}, ensure_ascii=False, indent=1)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on with messages that `save` wrote. Raises OSError, or ValueError naming the file."""
+        messages = read_messages(path)
+        self._fit(messages, Message("user", "?"))
+        self.messages, self.n_forgotten = messages, 0
+
+    def _fit(
+        self, messages: Sequence[Message], question: Message, room: int = sys.maxsize
+    ) -> tuple[list[Message], list[int]]:
+        """What the model reads. Its own answers may have said anything; the user may not."""
+        safe = [
+            replace(m, content=neutralise(m.content, self.tokenizer, self.chat_format))
+            if m.role == "assistant"
+            else m
+            for m in messages
+        ]
+        return fit([*safe, question], self.tokenizer, room, self.chat_format)
+
+
+def read_messages(path: str | os.PathLike[str]) -> list[Message]:
+    """The messages of a dialogue in a JSON file: {"messages": [{"role": ..., "content": ...}]}.
+
+    Raises OSError if it cannot be read, ValueError, naming it and the place, for anything else.
+    """
+    name = os.fspath(path)
+    try:
+        fields = json.loads(Path(path).read_bytes())
+        listed = fields["messages"]
+        messages = [Message(each["role"], each["content"]) for each in listed]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f'{name} holds no dialogue ({error!r}): it must be JSON of the form {{"messages": '
+            f'[{{"role": "user", "content": "Hello"}}, ...]}}.'
+        ) from None
+    for place, message in enumerate(messages, 1):
+        if message.role not in get_args(Role) or not isinstance(message.content, str):
+            raise ValueError(
+                f"{name}: message {place} has the role {message.role!r} and content of type "
+                f"{type(message.content).__name__}; roles are {', '.join(get_args(Role))}, and "
+                f"content is a string."
+            )
+    if messages[-1:] and messages[-1].role == "user":
+        raise ValueError(f"{name} ends with a question of the user's that has no answer.")
+    if any(message.role != "system" for message in messages):
+        check_order(messages, "llama2")
+    return messages
