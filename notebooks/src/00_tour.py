@@ -472,6 +472,7 @@ print("exercise 3: correct")
 # | [6 · Llama](06_llama.ipynb) | the whole model, all sizes | `model/llama.py` | LLaMA, 2.2 |
 # | [7 · data](07_data.ipynb) | clean text out of a dirty web | `data/` | LLaMA, 2.1 |
 # | [8 · pretraining](08_pretraining.ipynb) | a run that survives | `training/` | LLaMA, 2.3 |
+# | [16 · real weights](16_real_weights.ipynb) | any box, opened | `checkpoint/` | Llama 2, 5.3 |
 # | [19 · many processes](19_distributed.ipynb) | one model, shared | `training/` | LLaMA, 2.4 |
 #
 # These are here. The following are still to come:
@@ -481,7 +482,7 @@ print("exercise 3: correct")
 # | 9 | generation (you have just used its code) | |
 # | 10 to 13 | chat: dialogues, Ghost Attention, a reward model, RLHF | Llama 2, 3 |
 # | 14, 15 | evaluation; bias and safety | LLaMA, 3 and 5; Llama 2, 4 |
-# | 16 to 18 | real weights, quantisation, LoRA | LLaMA, 2.4 |
+# | 17, 18 | quantisation, LoRA | LLaMA, 2.4 |
 # | 20 to 22 | Code Llama, Japanese, energy | LLaMA, 6 |
 #
 # So a model that *answers* isn't part of this tour yet. What you have trained continues texts;
