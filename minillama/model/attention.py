@@ -1,6 +1,5 @@
 """Causal self-attention with grouped queries."""
 
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -62,9 +61,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (batch, kv_heads, past + seq, head_dim)
         mixed = attend(q, k, v, visible)
-        return self.wo(rearrange(mixed, "batch heads seq head_dim -> batch seq (heads head_dim)"))
+        return self.wo(mixed.transpose(1, 2).flatten(2))  # (batch, seq, heads * head_dim)
 
     def _split_heads(self, x: Float[Tensor, "batch seq width"]) -> Tensor:
-        # The number of heads is read off the tensor, so that a slice of the heads works too.
-        pattern = "batch seq (heads head_dim) -> batch heads seq head_dim"
-        return rearrange(x, pattern, head_dim=self.head_dim)
+        # The number of heads is read off the tensor, so that a slice of the heads works too. Not
+        # with einops: four calls in every layer take 2% of the time of a token of a small model.
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, heads, seq, head_dim)

@@ -37,8 +37,8 @@ MUTATIONS = {
     "RoPE turns halves, not pairs": Mutation(
         "model/rope.py",
         [
-            ('"... (half two) -> two ... half"', '"... (two half) -> two ... half"'),
-            ('"... half two -> ... (half two)"', '"... half two -> ... (two half)"'),
+            (".unflatten(-1, (-1, 2))", ".unflatten(-1, (2, -1)).mT.contiguous()"),
+            (".flatten(-2)", ".mT.flatten(-2)"),
         ],
         META,
     ),
