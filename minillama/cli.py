@@ -611,6 +611,58 @@ class Fetch:
         print(f'Try it: minillama generate --model {path} "Once upon a time"')
 
 
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write a checkpoint in another format, a tensor at a time; the source stays as it is.
+
+    Example: minillama convert Llama-2-7b-hf llama-2-7b.gguf --format gguf --quantize q8_0
+    """
+
+    source: tyro.conf.Positional[str]  # a checkpoint of any format, or a name
+    target: tyro.conf.Positional[Path]  # a new folder; of gguf and llama2.c, a new file
+    format: str  # native, huggingface, meta, llama2.c, gguf
+    tokenizer: Path | None = None  # where it does not come with the weights
+    dtype: str | None = None  # float32, bfloat16, float16; without it, the source's
+    quantize: str | None = None  # native: int8, int4, nf4; gguf: q8_0; llama2.c: int8
+    shards: int | None = None  # files of meta's format, one for each GPU: 1, 2, 4, 8
+
+    def run(self) -> None:
+        import torch
+
+        from minillama.checkpoint import convert
+        from minillama.plan import BYTES
+
+        if self.shards is not None and self.format != "meta":
+            raise ValueError(
+                f"--shards is for --format meta, which has a file for each GPU. {self.format} is "
+                f"split where files would be too large."
+            )
+        dtype = getattr(torch, known_name("dtype", self.dtype, BYTES)) if self.dtype else None
+        options = {"shards": self.shards} if self.shards is not None else {}
+        convert(
+            self.source, self.target, self.format, dtype, self.quantize, self.tokenizer, **options
+        )
+        print(f"Wrote {self.target}. Check it: minillama verify {self.target}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check that a checkpoint is whole: sums, shapes, finite numbers, vocabulary.
+
+    Example: minillama verify llama-2-7b
+    """
+
+    model: tyro.conf.Positional[str]  # a checkpoint of any format, or a name
+    tokenizer: Path | None = None  # where it does not come with the weights
+
+    def run(self) -> None:
+        from minillama.checkpoint.verify import verify
+
+        for line in verify(self.model, self.tokenizer):
+            print(line, flush=True)
+        print(f"{self.model} is whole.")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. A mistake of the user ends it with one text and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -623,6 +675,8 @@ def main(arguments: list[str] | None = None) -> None:
             Annotated[Demo, tyro.conf.subcommand("demo")]
             | Annotated[TrainTokenizer, tyro.conf.subcommand("tokenizer")]
             | Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=defaults)]
+            | Annotated[Convert, tyro.conf.subcommand("convert")]
+            | Annotated[Verify, tyro.conf.subcommand("verify")]
             | Annotated[Curate, tyro.conf.subcommand("curate")]
             | Annotated[Fetch, tyro.conf.subcommand("fetch")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]

@@ -29,8 +29,8 @@ def test_the_public_names():
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("load", "path tokenizer device dtype"),
-        ("save", "folder model tokenizer format"),
+        ("load", "path tokenizer device dtype quantize"),
+        ("save", "folder model tokenizer format options"),
         (
             "generate",
             "model tokenizer prompts max_new_tokens temperature top_k top_p seed stop logprobs",

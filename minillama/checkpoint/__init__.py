@@ -34,6 +34,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "open_checkpoint",
+    "open_tokenizer",
     "save",
 ]
 
@@ -66,7 +67,7 @@ def load(
     too little free memory. Shown in notebooks/16_real_weights.ipynb.
     """
     checkpoint = open_checkpoint(path)
-    tok = _tokenizer(checkpoint, tokenizer)
+    tok = open_tokenizer(checkpoint, tokenizer)
     check_vocabulary(checkpoint.config, tok)
     check_room(checkpoint, device, dtype, quantize)
     return llama_from(checkpoint, device, dtype, quantize), tok
@@ -104,7 +105,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def save(
-    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     model: Llama,
     tokenizer: Tokenizer,
     format: str = "native",
@@ -112,13 +113,14 @@ def save(
 ) -> None:
     """Write a checkpoint, atomically: "native", "huggingface", "meta", "llama2.c" or "gguf".
 
-    `options` are those of the format's writer: `shards` of "meta", `version` of "llama2.c", `kind`
-    of "gguf", `shard_bytes` of "huggingface". See `save_native` for what replaces what.
+    The last two are files: `folder` is then the file's name. `options` are those of the format's
+    writer: `shards` of "meta", `version` of "llama2.c", `kind` of "gguf", `shard_bytes` of
+    "huggingface". See `save_native` for what replaces what.
 
     Raises ValueError for a format that cannot be written, or that has no place for this model;
     CheckpointError or OSError as `save_native` does.
     """
-    _write(path, checkpoint_of(model, Path(path)), tokenizer, format, options)
+    _write(folder, checkpoint_of(model, Path(folder)), tokenizer, format, options)
 
 
 def convert(
@@ -126,23 +128,51 @@ def convert(
     target: str | os.PathLike[str],
     format: str,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> None:
     """Write a checkpoint in another format, with one tensor in memory at a time.
 
-    In the source's own dtype, where `dtype` is None, the numbers are the same to the bit; `options`
-    are those of `save`.
+    In the source's own dtype, where `dtype` is None, the numbers are the same to the bit.
+    `quantize` puts the matrices into few bits: "int8", "int4" or "nf4" in the native format, "q8_0"
+    in GGUF's, "int8" in llama2.c's. `options` are those of `save`.
 
-    Raises what `open_checkpoint` and `save` raise, and CheckpointError if `target` exists.
+    Raises what `open_checkpoint` and `save` raise, CheckpointError if `target` exists, and
+    ValueError for a kind of few bits that the format does not have.
     """
     check_new(Path(target))
     checkpoint = open_checkpoint(source)
-    weights = checkpoint.weights
-    if not checkpoint.quantization:
-        weights = {name: converted(stored, dtype) for name, stored in weights.items()}
-    tok = _tokenizer(checkpoint, tokenizer)
-    _write(target, replace(checkpoint, weights=weights), tok, format, options)
+    tok = open_tokenizer(checkpoint, tokenizer)
+    if quantize and format == "native":
+        check_room(checkpoint, "cpu", dtype, quantize)
+        model = llama_from(checkpoint, "cpu", dtype, quantize)
+        checkpoint, dtype = checkpoint_of(model, checkpoint.path), None
+    elif quantize and format == "gguf":
+        options["kind"] = quantize.upper()
+    elif quantize == "int8" and format == "llama2.c":
+        options["version"] = 2
+    elif quantize:
+        raise ValueError(
+            f"{format} has no weights in {quantize!r}. Few bits are possible in native (int8, "
+            f"int4, nf4), gguf (q8_0) and llama2.c (int8)."
+        )
+    if dtype and not checkpoint.quantization:
+        weights = {name: converted(stored, dtype) for name, stored in checkpoint.weights.items()}
+        checkpoint = replace(checkpoint, weights=weights)
+    _write(target, checkpoint, tok, format, options)
+
+
+def open_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str] | None = None) -> Tokenizer:
+    """The tokenizer at `path`; without one, that of the checkpoint.
+
+    Raises CheckpointError if none comes with it, and what `load_tokenizer` raises.
+    """
+    if path is not None:
+        return load_tokenizer(path)
+    if checkpoint.tokenizer is not None:
+        return checkpoint.tokenizer()
+    return load_tokenizer(_beside(checkpoint.path))
 
 
 def _write(
@@ -178,31 +208,21 @@ def _open_folder(path: Path) -> Checkpoint:
     names = {file.name for file in path.iterdir()}
     if any(name.startswith("consolidated.") for name in names):
         return open_meta(path)
-    if names & {"config.json", "model.safetensors.index.json", "pytorch_model.bin"}:
+    if "config.json" in names or any(name.startswith("pytorch_model") for name in names):
         return open_huggingface(path)
     return open_native(path)
 
 
 def _open_file(path: Path) -> Checkpoint:
     with path.open("rb") as file:
-        if file.read(4) == b"GGUF":
-            return open_gguf(path)
-    if path.suffix in (".safetensors", ".pth", ".json", ".model") or path.name.startswith(
-        "pytorch_model"
-    ):
+        start = file.read(4)
+    if start == b"GGUF":
+        return open_gguf(path)
+    if start == b"PK\x03\x04" or path.suffix in (".safetensors", ".json", ".model"):
         raise CheckpointError(
             f"{path} is one file of a checkpoint, which is the whole folder: name {path.parent}."
         )
     return open_llama2c(path)
-
-
-def _tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str] | None) -> Tokenizer:
-    """The tokenizer at `path`, or without one, that of the checkpoint."""
-    if path is not None:
-        return load_tokenizer(path)
-    return (
-        checkpoint.tokenizer() if checkpoint.tokenizer else load_tokenizer(_beside(checkpoint.path))
-    )
 
 
 def _beside(path: Path) -> Path:

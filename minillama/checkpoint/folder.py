@@ -150,10 +150,16 @@ def interrupted_save(folder: Path) -> Path | None:
     return old if old.exists() and not folder.exists() else None
 
 
+def checksum(path: Path, kind: str = "sha256") -> str:
+    """The SHA-256 of a file, or its MD5, which shows accidents and no malice."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
 def write_sums(folder: Path) -> None:
     """Write the sums of all files in `folder`; `sha256sum -c SHA256SUMS` reads them too."""
     files = sorted(path for path in folder.iterdir() if path.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in files))
+    (folder / SUMS).write_text("".join(f"{checksum(path)}  {path.name}\n" for path in files))
 
 
 def verify_sums(folder: Path, needed: Iterable[str], up_to: float = math.inf) -> None:
@@ -171,7 +177,7 @@ def verify_sums(folder: Path, needed: Iterable[str], up_to: float = math.inf) ->
             f"{'; not there: ' + ', '.join(absent) if absent else ''}. Copy the checkpoint again."
         )
     for name, digest in expected.items():
-        if (folder / name).stat().st_size <= up_to and _sha256(folder / name) != digest:
+        if (folder / name).stat().st_size <= up_to and checksum(folder / name) != digest:
             raise CheckpointError(
                 f"{folder / name} is damaged or was changed: its SHA-256 is not the one in {SUMS}. "
                 f"Copy the checkpoint again. If you changed it on purpose: sha256sum "
@@ -192,8 +198,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

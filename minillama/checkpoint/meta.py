@@ -6,7 +6,6 @@ Source: the layout of Meta's model.py, where a ColumnParallelLinear is split alo
 RowParallelLinear along axis 1. Shown in notebooks/16_real_weights.ipynb.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillama.checkpoint.folder import CheckpointError, check_new, read_json, writing
+from minillama.checkpoint.folder import (
+    CheckpointError,
+    check_new,
+    checksum,
+    read_json,
+    writing,
+)
 from minillama.checkpoint.pickles import PickleWriter, open_pickle
 from minillama.checkpoint.weights import (
     Checkpoint,
@@ -120,13 +125,9 @@ def save_meta(
         _write_json(new / EXTRAS, {name: getattr(config, name) for name in _EXTRA_FIELDS})
         (new / TOKENIZER).write_bytes(tokenizer.to_bytes())
         names = sorted(path.name for path in new.iterdir() if path.suffix in (".pth", ".json"))
-        (new / CHECKLIST).write_text("".join(f"{md5(new / name)}  {name}\n" for name in names))
-
-
-def md5(path: Path) -> str:
-    """A file's checksum as in Meta's checklist.chk; it shows accidents, and no malice."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+        (new / CHECKLIST).write_text(
+            "".join(f"{checksum(new / name, 'md5')}  {name}\n" for name in names)
+        )
 
 
 def _shards(folder: Path) -> list[Path]:
