@@ -353,7 +353,7 @@ class Info:
     Example: minillama info llama2-7b
     """
 
-    model: tyro.conf.Positional[str | None] = None  # a preset's name or a checkpoint
+    model: tyro.conf.Positional[str | None] = None  # a preset, a checkpoint, a fetched model
 
     def run(self) -> None:
         if self.model is None:
@@ -364,12 +364,7 @@ class Info:
                     f"{config.n_heads:>7}{config.n_kv_heads:>10}"
                 )
             return
-        if self.model not in PRESETS and Path(self.model).exists():
-            from minillama.checkpoint import load_config
-
-            config = load_config(self.model)
-        else:
-            config = LlamaConfig.preset(self.model)
+        config = _config(self.model)
         for name, value in config.to_dict().items():
             print(f"{name:<15}{value}")
         gib = 2**30
@@ -392,7 +387,7 @@ class Plan:
     Example: minillama plan llama2-7b --train --device-memory 80
     """
 
-    model: tyro.conf.Positional[str]  # a preset's name or a checkpoint
+    model: tyro.conf.Positional[str]  # a preset, a checkpoint, a fetched model
     train: bool = False  # plan training; without it, reading and writing text
     lora: int = 0  # train adapters of this rank on frozen weights
     targets: tuple[str, ...] = ("wq", "wv")  # linear layers that get adapters
@@ -416,12 +411,7 @@ class Plan:
     def run(self) -> None:
         from minillama.plan import GIB, MOMENTS, PARTS, TrainingPlan, free_memory, gib, ways_out
 
-        if self.model not in PRESETS and Path(self.model).exists():
-            from minillama.checkpoint import load_config
-
-            plan = self._plan(load_config(self.model))
-        else:
-            plan = self._plan(LlamaConfig.preset(self.model))
+        plan = self._plan(_config(self.model))
         print(self._title(plan))
         for name, n_bytes in plan.parts.items():
             if n_bytes:
@@ -608,7 +598,7 @@ class Fetch:
                     print(f"{n_bytes / 1e6:,.0f} of {total / 1e6:,.0f} MB", flush=True)
         model, path = CATALOGUE[self.name], fetched(self.name)
         print(f"{path}: {model.size:,} bytes, SHA-256 as it should be. Licence: {model.licence}.")
-        print(f'Try it: minillama generate --model {path} "Once upon a time"')
+        print(f'Try it: minillama generate --model {self.name} "Once upon a time"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -771,6 +761,18 @@ def _keep(path: Path) -> None:
         raise FileExistsError(
             f"{path} exists and is not overwritten. Name another place with --out."
         )
+
+
+def _config(model: str) -> LlamaConfig:
+    """The sizes of a preset, of a checkpoint, or of a model that was fetched."""
+    if model in PRESETS:
+        return LlamaConfig.preset(model)
+    from minillama.checkpoint import load_config
+    from minillama.checkpoint.fetch import CATALOGUE
+
+    if model in CATALOGUE or Path(model).exists():
+        return load_config(model)
+    return LlamaConfig.preset(model)  # which says what there is
 
 
 def _device(name: str) -> str:

@@ -389,7 +389,7 @@ def test_a_story_model_has_the_size_that_its_format_gives_it(name, context, head
     assert model.files[0].size == 28 + 4 * (model.parameters + angles)
 
 
-def test_stories260k_comes_as_it_is_and_opens(site, assets, monkeypatch):
+def test_stories260k_comes_as_it_is_and_opens(site, assets, monkeypatch, capsys):
     model = CATALOGUE["stories260k"]
     files = []
     for file, source in zip(model.files, ("stories260K.bin", "tok512.model"), strict=True):
@@ -397,7 +397,10 @@ def test_stories260k_comes_as_it_is_and_opens(site, assets, monkeypatch):
         files.append(replace(file, url=f"{site.url}/{source}"))
     monkeypatch.setitem(CATALOGUE, "stories260k", replace(model, files=tuple(files)))
     list(fetch("stories260k"))
-    llama, tokenizer = load(fetched("stories260k"))
+    for command in ("info", "plan"):
+        main([command, "stories260k"])
+        assert "260,032" in capsys.readouterr().out
+    llama, tokenizer = load("stories260k")
     assert sum(p.numel() for p in llama.parameters()) == model.parameters
     assert tokenizer.vocab_size == 512
 
