@@ -133,20 +133,20 @@ def read_messages(path: str | os.PathLike[str]) -> list[Message]:
     name = os.fspath(path)
     try:
         fields = json.loads(Path(path).read_bytes())
-        listed = fields["messages"]
-        messages = [Message(each["role"], each["content"]) for each in listed]
+        said = [(each["role"], each["content"]) for each in fields["messages"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f'{name} holds no dialogue ({error!r}): it must be JSON of the form {{"messages": '
             f'[{{"role": "user", "content": "Hello"}}, ...]}}.'
         ) from None
-    for place, message in enumerate(messages, 1):
-        if message.role not in get_args(Role) or not isinstance(message.content, str):
+    for place, (role, content) in enumerate(said, 1):
+        if role not in get_args(Role) or not isinstance(content, str):
             raise ValueError(
-                f"{name}: message {place} has the role {message.role!r} and content of type "
-                f"{type(message.content).__name__}; roles are {', '.join(get_args(Role))}, and "
-                f"content is a string."
+                f"{name}: message {place} has the role {role!r} and content of type "
+                f"{type(content).__name__}; roles are {', '.join(get_args(Role))}, and content is "
+                f"a string."
             )
+    messages = [Message(role, content) for role, content in said]
     if messages[-1:] and messages[-1].role == "user":
         raise ValueError(f"{name} ends with a question of the user's that has no answer.")
     if any(message.role != "system" for message in messages):

@@ -50,7 +50,8 @@ class ChatFormat:
     no_system: Template = ()  # instead, where a dialogue has none
     user: Template
     user_after_system: Template | None = None  # where the system message is a part of the first
-    reply: Template = ()  # what asks for an answer
+    reply: Template = ()  # before an answer
+    cue: Template | None = None  # instead, where the answer is yet to come
     answer: Template  # what is learned: the answer, and the piece that ends it
     after: Template = ()
     markers: tuple[str, ...] = ()  # what no message may contain, beside the control pieces' names
@@ -102,6 +103,7 @@ FORMATS: dict[str, ChatFormat] = {
         no_system=(" Source: system", STEP),
         user=(" Source: user", NEW_TEXT, "\n\n", " {}", STEP),
         reply=(" Source: assistant\nDestination: user", NEW_TEXT, "\n\n"),
+        cue=(" Source: assistant\nDestination: user", NEW_TEXT, "\n\n "),
         answer=(" {}", STEP),
         markers=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>", STEP.name),
         strips=True,
@@ -155,27 +157,29 @@ def encode_dialog(
                 f"a dialogue in the format {chat_format}: a text with it could speak for somebody "
                 f"else. Write it otherwise; `neutralise` puts a space into it."
             )
-    writer = _Writer(tokenizer, chat_format)
+    writer, strip = _Writer(tokenizer, chat_format), str.strip if form.strips else str
     writer.write(form.begin, "system")
-    after_system = messages[0].role == "system"
-    if after_system:
-        writer.write(form.system, "system", messages[0].content)
+    head, cue = messages[0], form.reply if form.cue is None else form.cue
+    first_user, strip_first = form.user, strip
+    if head.role == "system" and form.user_after_system is not None:
+        writer.write(form.system, "system", head.content)
+        # Meta strips the whole of system message and question: at the end, that is.
+        first_user, strip_first = form.user_after_system, str.rstrip if form.strips else str
+    elif head.role == "system" and (head.content or not form.no_system):
+        writer.write(form.system, "system", strip(head.content))
     else:
         writer.write(form.no_system, "system")
-    for message in messages[after_system:]:
-        content = message.content.strip() if form.strips else message.content
+    turns = messages[head.role == "system" :]
+    for place, message in enumerate(turns):
         if message.role == "assistant":
-            writer.write(form.answer, "assistant", content, learned=True)
+            writer.write(form.answer, "assistant", strip(message.content), learned=True)
             writer.write(form.after, "assistant")
             continue
-        template = form.user
-        if after_system and form.user_after_system is not None:
-            template = form.user_after_system
-            if form.strips:  # Meta strips what is merged, and that begins with the system message
-                content = message.content.rstrip()
-        after_system = False
-        writer.write(template, "user", content)
-        writer.write(form.reply, "assistant")
+        if place == 0:
+            writer.write(first_user, "user", strip_first(message.content))
+        else:
+            writer.write(form.user, "user", strip(message.content))
+        writer.write(cue if place == len(turns) - 1 else form.reply, "assistant")
     return writer.tokens
 
 

@@ -23,7 +23,7 @@ def bpe(tok: SentencePieceTokenizer) -> BPE:
 def byte_level(tmp_path_factory) -> JsonTokenizer:
     """A byte-level tokenizer.json, and beside it the file that says how texts begin and end."""
     folder = tmp_path_factory.mktemp("byte_level")
-    (folder / "tokenizer.json").write_bytes(as_bytes(byte_level_json()))
+    (folder / "tokenizer.json").write_bytes(as_bytes(byte_level_json(TEXT)))
     (folder / "tokenizer_config.json").write_text(json.dumps(CHAT_CONFIG))
     return JsonTokenizer(folder / "tokenizer.json")
 

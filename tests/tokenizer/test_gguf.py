@@ -228,7 +228,7 @@ def test_a_piece_that_stands_there_twice_is_refused(metadata):
 
 
 def test_what_the_format_has_no_name_for_is_not_written(tok, tmp_path):
-    fields = byte_level_json()
+    fields = byte_level_json(TEXT)
     fields["pre_tokenizer"] = PRE_TOKENIZERS["gpt-2"] | {"trim_offsets": False}
     (tmp_path / "tokenizer.json").write_bytes(as_bytes(fields))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))

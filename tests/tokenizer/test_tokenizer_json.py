@@ -82,7 +82,7 @@ def test_a_tokenizer_becomes_what_the_file_is(byte_level, tok, tmp_path):
 
 
 def test_byte_level_ids_are_those_of_the_definition(byte_level):
-    fields = byte_level_json()
+    fields = byte_level_json(TEXT)
     assert byte_level.encode(TEXT) == reference_ids(fields, TEXT)
 
     def check(text: str) -> None:
@@ -92,7 +92,7 @@ def test_byte_level_ids_are_those_of_the_definition(byte_level):
 
 
 def test_byte_level_decoding_of_any_ids_is_the_library_s(byte_level):
-    theirs = Library.from_str(as_bytes(byte_level_json()).decode())
+    theirs = Library.from_str(as_bytes(byte_level_json(TEXT)).decode())
 
     def check(ids: list[int]) -> None:
         assert byte_level.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
@@ -209,7 +209,7 @@ def ends_of(tokenizer: Tokenizer) -> tuple[int, int, bool]:
 
 
 def beside(tmp_path, **files: dict[str, Any]) -> Tokenizer:
-    (tmp_path / "tokenizer.json").write_bytes(as_bytes(byte_level_json()))
+    (tmp_path / "tokenizer.json").write_bytes(as_bytes(byte_level_json(TEXT)))
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     return Tokenizer(tmp_path / "tokenizer.json")
@@ -332,12 +332,12 @@ def add(content: str, i: int, **more: Any) -> Callable[[dict[str, Any]], object]
 )
 def test_a_tokenizer_that_cannot_keep_its_promises_is_refused(change, message):
     with pytest.raises(ValueError, match=message) as error:
-        Tokenizer(changed(byte_level_json(), change))
+        Tokenizer(changed(byte_level_json(TEXT), change))
     assert "this tokenizer.json" in str(error.value)
 
 
 def test_a_control_piece_that_a_text_could_make_is_refused():
-    fields = byte_level_json()
+    fields = byte_level_json(TEXT)
     words = fields["model"]["vocab"]
     word = next(word for word in reversed(words) if word.isascii() and word.isalpha())
     with pytest.raises(ValueError, match=f"a text that says {word!r} would make a control piece"):
@@ -357,7 +357,7 @@ def test_fallback_needs_every_byte(tok):
 
 
 def test_a_character_that_cannot_be_spelled_is_an_error_and_not_lost(tmp_path):
-    fields = byte_level_json()
+    fields = byte_level_json(TEXT)
     lost = fields["model"]["vocab"].pop(BYTE_CHARACTERS[0x13])
     fields["model"]["vocab"]["llamallama"] = lost
     post = {"tokenizer_config": CHAT_CONFIG}

@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-from texts import TEXT
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -13,7 +12,7 @@ CHAT_PIECES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_CONFIG = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
 
 
-def byte_level_json() -> dict[str, Any]:
+def byte_level_json(text: str) -> dict[str, Any]:
     """Byte-level BPE as SmolLM2 has it: digits alone, GPT-2's words, no post-processor."""
     library = Library(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -26,7 +25,7 @@ def byte_level_json() -> dict[str, Any]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    library.train_from_iterator([TEXT], trainer)
+    library.train_from_iterator([text], trainer)
     return json.loads(library.to_str())
 
 
