@@ -1,16 +1,21 @@
 import hashlib
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import small_llama, small_tokenizer
+from torch.testing import assert_close
 from web import Page, Site, serve
 
-from minillama.checkpoint import fetch
+from minillama.checkpoint import fetch, load, save
 from minillama.checkpoint.hub import download, files_needed, local_path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -340,3 +345,36 @@ def test_a_name_of_the_catalogue_is_what_was_fetched(monkeypatch, tmp_path):
         (tmp_path / "stories260k").mkdir(exist_ok=True)
         (tmp_path / "stories260k" / file.name).write_bytes(bytes(file.size))
     assert local_path("stories260k") == tmp_path / "stories260k" / "stories260K.bin"
+
+
+# --- From the name to the text -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 20_000])
+def test_a_model_is_loaded_by_its_name(hub, tmp_path, shard_bytes):
+    model, tokenizer = small_llama(), small_tokenizer()
+    save(tmp_path / "saved", model, tokenizer, format="huggingface", shard_bytes=shard_bytes)
+    add_model(hub, "ada/real", contents(tmp_path / "saved"))
+    loaded, loaded_tokenizer = load("ada/real")
+    assert loaded.config == model.config
+    assert_close(
+        loaded(torch.tensor([[1, 5, 9]])), model(torch.tensor([[1, 5, 9]])), rtol=0, atol=0
+    )
+    assert loaded_tokenizer.encode("Ada had a boat") == tokenizer.encode("Ada had a boat")
+
+
+@pytest.mark.slow
+def test_the_command_takes_a_name_and_the_hubs_own_variables(server, tmp_path):
+    server.pages.clear()
+    save(tmp_path / "saved", small_llama(), small_tokenizer(), format="huggingface")
+    add_model(server, "ada/real", contents(tmp_path / "saved"))
+    command = [sys.executable, "-m", "minillama", "generate", "Ada", "--model"]
+    environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+    for name, status, text in (("ada/real", 0, "Ada"), ("ada/none", 2, "Is the name right?")):
+        done = subprocess.run(
+            [*command, name, "--max-new-tokens", "3", "--temperature", "0", "--device", "cpu"],
+            capture_output=True, text=True, check=False, env=environment, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        assert text in (done.stdout if status == 0 else done.stderr)
+        assert "Traceback" not in done.stderr
