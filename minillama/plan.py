@@ -507,7 +507,7 @@ class TrainingPlan:
 
         loss         All activations are there, and the fused loss works on the logits of 512
                      tokens (turned into their exponentials in place) beside the gradients of the
-                     head and of the stream.
+                     head, unless it is frozen, and of the stream.
         last block   Its backward pass has begun: the gradients of the head and of the stream, what
                      a checkpoint has the block compute again, and two tensors of the feed-forward
                      layer's width; or, before it, seven of the stream's for the last norm.
@@ -521,7 +521,9 @@ class TrainingPlan:
         config, training = self.config, self.training
         size, ranks = BYTES[self.dtype], self.tensor_parallel
         stream = 4 * config.dim * self.tokens
-        head = 4 * config.vocab_size * config.dim // ranks
+        head = config.vocab_size * config.dim // ranks  # numbers; then bytes of its gradient
+        dequantized = size * head if self.quantize else 0
+        head = 0 if self.lora else 4 * head
         first = min(LOSS_ROWS, self.tokens)
         logits = 4 * first * config.vocab_size // ranks
         if size < 4:  # a copy for the product, and the product that is added to the gradient
@@ -545,7 +547,7 @@ class TrainingPlan:
             "loss": {
                 "gradients": summed,
                 "activations": self.activations,
-                "loss": head + stream + logits + 2 * 4 * first * config.dim,
+                "loss": head + dequantized + stream + logits + 2 * 4 * first * config.dim,
             },
             "last block": {
                 "gradients": summed + waiting if summed else head + w2,

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from minillama.adapt.quantize import QuantizedLinear
 from minillama.data.packing import IGNORE, Batch
 from minillama.model import Llama
 
@@ -32,12 +33,14 @@ def next_token_loss(
 def batch_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     """The summed next-token loss of a batch, by the shortest way in memory that the model allows.
 
-    A Llama with a plain output matrix never holds the logits of the whole batch
+    A Llama whose output matrix is plain, or quantised, never holds the logits of the whole batch
     (`fused_next_token_loss`); any other model, or head, is asked for them.
     """
-    if not (isinstance(model, Llama) and type(model.output) is nn.Linear):
+    head = model.output if isinstance(model, Llama) else None
+    if not (type(head) is nn.Linear or isinstance(head, QuantizedLinear)):
         return next_token_loss(model(batch.tokens), batch.targets)
-    hidden, weight, group = model.hidden(batch.tokens), model.output.weight, None
+    hidden, group = model.hidden(batch.tokens), None
+    weight = head.weight if type(head) is nn.Linear else head.dequantized(hidden.dtype)
     if dist.is_initialized() and hasattr(hidden, "device_mesh"):  # under tensor parallelism
         hidden, weight, group = _own_words(hidden, weight)
     return fused_next_token_loss(hidden, weight, batch.targets, group=group)

@@ -8,6 +8,7 @@ from small import small_config
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minillama.adapt.quantize import quantize
 from minillama.data.packing import IGNORE, Batch
 from minillama.model import Llama
 from minillama.training import fused_next_token_loss, next_token_loss
@@ -140,6 +141,19 @@ def test_the_loss_of_a_llama_equals_that_of_its_logits(tied):
     batch.targets[0, :4] = IGNORE
     expected = next_token_loss(model(batch.tokens), batch.targets)
     assert_close(batch_loss(model, batch), expected)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+def test_a_quantised_head_needs_no_logits_of_the_whole_batch_either(kind):
+    model = Llama(small_config(n_layers=1, vocab_size=2000), torch.Generator().manual_seed(0))
+    tokens = torch.randint(2000, (16, 64), generator=torch.Generator().manual_seed(1))
+    expected = next_token_loss(quantize(model, kind)(tokens), tokens)
+    model.layers[0].attention_norm.weight.requires_grad_()
+    with LargestTensor() as largest:
+        loss = batch_loss(model, Batch(tokens, tokens))
+        loss.backward()
+    assert_close(loss, expected, rtol=1e-4, atol=0)
+    assert largest.n == tokens.numel() // 2 * 2000
 
 
 def test_a_head_that_is_no_plain_matrix_is_asked_for_its_logits():
