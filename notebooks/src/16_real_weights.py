@@ -111,7 +111,7 @@ assert set(toy_checkpoint.weights) == set(header)
 from minillama import load, save
 
 toy, toy_tok = load(toy_folder)
-home = TemporaryDirectory()
+home = TemporaryDirectory(ignore_cleanup_errors=True)
 box = Path(home.name)
 boxes = {"native": "ours", "meta": "theirs", "huggingface": "hub"}  # folders
 boxes |= {"llama2.c": "toy.bin", "gguf": "toy.gguf"}  # files
@@ -134,8 +134,8 @@ print(found)
 assert all(found[word] == sizes[word] for word in words)
 
 # %% [markdown]
-# `load` looks at such signs, never at the name of the file. Whatever the box, what comes out is the
-# same model, with the same logits, to the last bit:
+# `load` knows a box by what it holds, and not by what it is called. Whatever the box, what comes
+# out is the same model, with the same logits, to the last bit:
 
 # %%
 story = toy_tok.encode("One Sunday, one cold Sunday, Anna walked to the", bos=True)
@@ -385,7 +385,7 @@ plt.show()
 
 # %% [markdown]
 # A 7B in float32 is out of a laptop's reach; in int4 it fits, with 2,048 tokens of text.
-# `minillama plan llama2-7b --quantize int4` says the same on the command line.
+# `minillama plan llama2-7b --quantize int4 --seq-len 2048` says the same on the command line.
 #
 # ## Is it what they trained?
 #
@@ -480,14 +480,13 @@ plt.show()
 
 # %% [markdown]
 # The smallest mistake hides best: with the wrong base of RoPE the model still says Paris, and pays
-# only where texts are long. That is why `load` refuses a config that it doesn't understand in full,
-# and why every format is tested against an implementation that isn't ours, to the fifth digit.
+# more the longer a text is. That is why `load` refuses a config that it doesn't understand in full,
+# and why what it reads is compared in the tests with implementations that aren't ours.
 #
 # ## Where it looks
 #
 # A model of this size is small enough to look inside: thirty layers of nine heads. What does each
-# look at, when it reads? A *hook* hands us what goes into each attention, and the rest is notebook
-# 5.
+# look at, when it reads? A *hook* hands us what goes into each attention; the rest is notebook 5.
 
 # %%
 from minillama.model import apply_rope, rope_angles
@@ -582,7 +581,7 @@ assert not real or min(share.max() for share in shares.values()) > 0.6
 # - Right after, in layers 17 and 18, a few heads look for positions whose piece before is the one
 #   that I am now, and find what comes next. They are *induction heads* (Olsson et al. 2022): this
 #   is how a model copies, and a good part of how it learns from examples in its prompt. They need
-#   the second kind, one layer below. (The toy has neither: its stories never ask for it.)
+#   the second kind, in a layer below. (The toy has neither.)
 
 # %% tags=["nbval-ignore-output"]
 fig, axes = plt.subplots(1, 3, figsize=(6.6, 2.9), sharey=True)
@@ -692,6 +691,9 @@ before, after = (struct.unpack("<f", data[1_000_000:1_000_004])[0] for data in (
 print(f"one number went from {before:.3f} to {after:.1e}")
 assert abs(after) > 1e30
 
+in_hub = (box / "hub" / "model.safetensors").read_bytes()  # for exercise 1
+home.cleanup()
+
 # %% [markdown]
 # Without the sum, the model would have loaded, and every story would have ended in nonsense. For
 # files of gigabytes, which take a while to sum, `minillama verify FOLDER` does it when you want it:
@@ -726,7 +728,7 @@ def shapes_in(raw):  # bytes -> {name: shape as a tuple}
 # %% tags=["check-1", "raises-exception"]
 found = shapes_in((toy_folder / "model.safetensors").read_bytes())
 assert found == {name: stored.shape for name, stored in toy_checkpoint.weights.items()}
-hub = shapes_in((box / "hub" / "model.safetensors").read_bytes())
+hub = shapes_in(in_hub)
 assert hub["model.layers.3.mlp.gate_proj.weight"] == (256, 96)
 print("exercise 1: correct")
 
