@@ -472,6 +472,7 @@ print("exercise 3: correct")
 # | [6 · Llama](06_llama.ipynb) | the whole model, all sizes | `model/llama.py` | LLaMA, 2.2 |
 # | [7 · data](07_data.ipynb) | clean text out of a dirty web | `data/` | LLaMA, 2.1 |
 # | [8 · pretraining](08_pretraining.ipynb) | a run that survives | `training/` | LLaMA, 2.3 |
+# | [9 · generation](09_generation.ipynb) | from probabilities to text | `generation/` | |
 # | [16 · real weights](16_real_weights.ipynb) | any box, opened | `checkpoint/` | Llama 2, 5.3 |
 # | [19 · many processes](19_distributed.ipynb) | one model, shared | `training/` | LLaMA, 2.4 |
 #
@@ -479,7 +480,6 @@ print("exercise 3: correct")
 #
 # | notebook | about | paper |
 # |---|---|---|
-# | 9 | generation (you have just used its code) | |
 # | 10 to 13 | chat: dialogues, Ghost Attention, a reward model, RLHF | Llama 2, 3 |
 # | 14, 15 | evaluation; bias and safety | LLaMA, 3 and 5; Llama 2, 4 |
 # | 17, 18 | quantisation, LoRA | LLaMA, 2.4 |
