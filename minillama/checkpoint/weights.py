@@ -38,13 +38,14 @@ class Stored:
     `read()` gives it: a view of a file that is mapped into memory, or computed from such views. A
     view may be written to; the file stays as it is. `release()` returns the memory of the mapped
     pages to the system, for who is done with the view or has copied it; the next `read()` maps them
-    again, as they are in the file.
+    again, as they are in the file. `convert(dtype)` is the same tensor in another dtype.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
     release: Callable[[], None] = _nothing
+    convert: Callable[[torch.dtype], "Stored"] | None = None  # None: by reading it first
 
 
 def map_file(path: Path) -> UInt8[Tensor, " n"]:
@@ -67,7 +68,7 @@ def in_file(
 
     def read() -> Tensor:
         # A processor may refuse numbers at odd addresses; a copy lies at an even one.
-        aligned = raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()
+        aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
         return aligned.view(dtype).view(shape)
 
     return Stored(shape, dtype, read, lambda: release_pages(raw))
@@ -79,9 +80,11 @@ def computed(
     shape: tuple[int, ...],
     dtype: torch.dtype | None = None,
 ) -> Stored:
-    """What `function` makes of the tensors of `sources`; theirs is the dtype, if not said.
+    """What `function` makes of the tensors of `sources`.
 
-    The result must be a copy: the sources' memory is released as soon as it is there.
+    Without a `dtype` it only moves numbers, and theirs is the dtype; then they are converted before
+    they are moved, which takes less memory. The result must be a copy: the sources' memory is
+    released as soon as it is there.
     """
 
     def read() -> Tensor:
@@ -90,13 +93,20 @@ def computed(
             source.release()
         return result
 
-    return Stored(shape, dtype or sources[0].dtype, read)
+    def convert(wanted: torch.dtype) -> Stored:
+        return computed([converted(source, wanted) for source in sources], function, shape)
+
+    if dtype is None:
+        return Stored(shape, sources[0].dtype, read, convert=convert)
+    return Stored(shape, dtype, read)
 
 
 def converted(stored: Stored, dtype: torch.dtype | None) -> Stored:
     """The same tensor in another dtype; None leaves it as it is."""
     if dtype in (None, stored.dtype):
         return stored
+    if stored.convert:
+        return stored.convert(dtype)
     return computed([stored], lambda tensor: tensor.to(dtype), stored.shape, dtype)
 
 
