@@ -58,8 +58,12 @@ def assert_same(path: Path, model: Llama) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [*((name, torch.float32) for name in SHAPES)]
-    + [("grouped", torch.bfloat16), ("tied", torch.bfloat16), ("grouped", torch.float16)],
+    [
+        *((name, torch.float32) for name in SHAPES),
+        ("grouped", torch.bfloat16),
+        ("tied", torch.bfloat16),
+        ("grouped", torch.float16),
+    ],
 )
 def test_through_every_format_in_turn_to_the_bit(tmp_path, shape, dtype):
     """Each is made of the one before it, and the last must be the first."""
