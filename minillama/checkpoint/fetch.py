@@ -199,8 +199,8 @@ class Gated:
 
 
 _LLAMA_2_LICENCE = (
-    "the Llama 2 Community License. Commercial use is allowed; whoever had more than 700 million "
-    "monthly users when it came out needs a licence of his own from Meta; neither the model nor "
+    "the Llama 2 Community License. Commercial use is allowed, but services that had more than 700 "
+    "million monthly users when it came out need a licence of their own; neither the model nor "
     "what it writes may be used to improve other language models than Llama 2; and Meta's "
     "Acceptable Use Policy applies"
 )
