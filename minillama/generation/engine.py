@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minillama.config import Sampling
+from minillama.generation.compiled import CompiledDecoder
 from minillama.generation.decoder import Decoder
 from minillama.generation.request import Completion, Request, Ticket, prompt_ids
 from minillama.generation.sampling import are_numbers, sample
@@ -32,6 +33,9 @@ class Engine:
     With a `draft`, a small model of the same tokenizer, every step gives a row up to `n_draft` + 1
     tokens (see `speculate`).
 
+    With `compile`, one token of all rows is one compiled function (see `CompiledDecoder`): the
+    first takes 10 to 30 seconds, the others are faster.
+
     `max_len` limits prompt and answer together, in tokens; None is the model's context. The cache
     takes rows * max_len * config.cache_elements_per_token numbers, at once.
     Raises ValueError for a tokenizer or draft of another model.
@@ -48,6 +52,7 @@ class Engine:
         max_len: int | None = None,
         draft: Llama | None = None,
         n_draft: int = 4,
+        compile: bool = False,
     ) -> None:
         numbers = {"rows": rows, "prefill_chunk": prefill_chunk, "max_len": max_len}
         for name, number in numbers.items():
@@ -71,7 +76,8 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.n_draft = n_draft
         self._rows = rows
-        self._decoders = [Decoder(each, rows, self.context) for each in models]
+        decoder = CompiledDecoder if compile else Decoder
+        self._decoders = [decoder(each, rows, self.context) for each in models]
         self._running: list[Ticket] = []  # those in rows 0, 1, ...: each has its first token
         self._reading: list[Ticket] = []  # those in the rows behind: their prompts are being read
         self._waiting: deque[Ticket] = deque()
@@ -200,6 +206,7 @@ def generate(
     draft: Llama | None = None,
     n_draft: int = 4,
     rows: int = 64,
+    compile: bool = False,
 ) -> list[Completion]:
     """Continue each prompt; an empty one starts from BOS alone.
 
@@ -211,6 +218,7 @@ def generate(
 
     `rows` prompts are computed at a time; the others wait for a row to become free. A small `draft`
     model that proposes `n_draft` tokens at a time makes a large one faster (see `speculate`).
+    `compile` is worth its 10 to 30 seconds for thousands of tokens (see `CompiledDecoder`).
 
     Raises ValueError for a prompt that leaves no room in the context, for a tokenizer of another
     model, for settings that mean nothing, and for logits that are no numbers.
@@ -245,7 +253,7 @@ def generate(
     ]
     if not requests:
         return []
-    engine = _engine_for(requests, model, tokenizer, draft, n_draft, rows)
+    engine = _engine_for(requests, model, tokenizer, draft, n_draft, rows, compile)
     tickets = [engine.submit(request) for request in requests]
     while engine.busy:
         engine.step()
@@ -266,6 +274,7 @@ def stream(
     repetition_penalty: float = 1.0,
     draft: Llama | None = None,
     n_draft: int = 4,
+    compile: bool = False,
 ) -> Iterator[str]:
     """The pieces of `generate`'s text, each as soon as it is certain; together they are the text.
 
@@ -283,7 +292,7 @@ def stream(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    engine = _engine_for([request], model, tokenizer, draft, n_draft, rows=1)
+    engine = _engine_for([request], model, tokenizer, draft, n_draft, 1, compile)
     ticket = engine.submit(request)
 
     def pieces() -> Iterator[str]:
@@ -315,8 +324,9 @@ def _engine_for(
     draft: Llama | None,
     n_draft: int,
     rows: int,
+    compile: bool,
 ) -> Engine:
     """An engine with no more room than these requests can use."""
     rows = min(rows, len(requests))
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-    return Engine(model, tokenizer, rows, 512, longest + n_draft, draft, n_draft)
+    return Engine(model, tokenizer, rows, 512, longest + n_draft, draft, n_draft, compile)
