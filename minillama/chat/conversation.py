@@ -33,8 +33,9 @@ class Conversation:
 
     `messages` is what was said. Where it does not fit into the context any more, with room for
     `max_new_tokens` (at most half of the context) left for the answer, the oldest turns are left
-    out of what the model reads; `n_forgotten` counts their messages. `chat_format` None takes the
-    one that the vocabulary speaks for (see `recognise`).
+    out of what the model reads; `n_forgotten` counts their messages. `cut_off` tells whether the
+    last answer met its limit. `chat_format` None takes the one that the vocabulary speaks for (see
+    `recognise`).
     Raises ValueError as `encode_dialog` does.
     """
 
@@ -53,7 +54,7 @@ class Conversation:
         self.max_new_tokens, self.sampling, self.seed = max_new_tokens, sampling, seed
         self._end_id = end_of_answer(tokenizer, self.chat_format)
         self.messages: list[Message] = []
-        self.n_forgotten = 0
+        self.n_forgotten, self.cut_off = 0, False
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
@@ -95,6 +96,7 @@ class Conversation:
                         yield piece
             finally:
                 self.messages = [*messages, Message("assistant", answer.strip())]
+                self.cut_off = ticket.finish_reason == "length"
 
         return pieces()
 

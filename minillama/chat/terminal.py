@@ -50,6 +50,8 @@ def chat(conversation: Conversation, read: Callable[[str], str] = input) -> None
                     )
                 forgotten = conversation.n_forgotten
                 answer(pieces)
+                if conversation.cut_off:
+                    print("(Cut off at the limit of tokens: see --max-new-tokens.)")
         except (ValueError, OSError) as error:
             print(f"({error})")
 

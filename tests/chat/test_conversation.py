@@ -41,6 +41,7 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(tok):
 def test_an_answer_ends_with_the_piece_of_the_format(tok):
     talk = conversation(tok)
     whole = "".join(talk.ask("Ben?"))
+    assert talk.cut_off
     ids = encode_dialog([Message("user", "Ben?")], tok).ids
     (alone,) = generate(MODEL, tok, [ids], max_new_tokens=12)
     end = next(i for i in alone.token_ids if i != alone.token_ids[0])
@@ -52,6 +53,7 @@ def test_an_answer_ends_with_the_piece_of_the_format(tok):
         shorter.strip() == tok.decode([*ids, *alone.token_ids[:n]])[len(tok.decode(ids)) :].strip()
     )
     assert len(shorter) < len(whole)
+    assert not talk.cut_off
 
 
 def test_a_seed_draws_the_same_answers_and_each_turn_another(tok):

@@ -44,6 +44,7 @@ def test_a_session_in_the_terminal(tok, tmp_path, capsys):
     say(talk, "Ben?", "", f"/save {path}", "/reset", "/system Ada", f"/load {path}", "/help")
     assert capsys.readouterr().out.splitlines() == [
         *answer.splitlines(),
+        "(Cut off at the limit of tokens: see --max-new-tokens.)",
         f"(Saved 2 messages to {path}.)",
         "(Forgotten.)",
         "(A new conversation, with this system message.)",
