@@ -20,6 +20,7 @@ from minillama.config import (
     PRESETS,
     TRAINING_PRESETS,
     LlamaConfig,
+    LoRAConfig,
     RunConfig,
     Sampling,
     TrainingConfig,
@@ -30,6 +31,7 @@ from minillama.config import (
 
 if TYPE_CHECKING:
     from minillama.plan import InferencePlan, TrainingPlan
+    from minillama.training.lora_run import LoRARun
     from minillama.training.run import PretrainingRun
 
 # Fields of a dataclass within a command are flags without a prefix: --steps, not --training.steps.
@@ -38,6 +40,10 @@ FLAT = tyro.conf.arg(name="")
 # The recipe of the demo, and of the toy checkpoint that the notebooks show.
 TOY_TRAINING = TrainingConfig.preset("toy")
 LLAMA_2_CHAT = Sampling(temperature=0.6, top_p=0.9)  # what its chat_completion draws with
+# Of adapters: QLoRA's learning rate (Dettmers et al. 2023, table 9), on rows that a laptop takes.
+LORA_TRAINING = TrainingConfig(
+    steps=200, learning_rate=2e-4, warmup_steps=10, weight_decay=0.0, batch_size=4
+)
 CONFIG = "config.toml"  # of a run
 RANK = int(os.environ.get("RANK", "0"))  # among the processes that torchrun started: 0 speaks
 
@@ -267,6 +273,102 @@ def pretrain_defaults(arguments: list[str]) -> Pretrain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Train an adapter of a model on your own text; a tenth of it is held out for validation.
+
+    It is a small folder, which peft and transformers read as well; the model stays as it is.
+    Example: minillama lora smollm2-135m-instruct --text book.txt --out runs/book-lora
+    """
+
+    model: tyro.conf.Positional[str | None] = None  # a checkpoint, or a name: see `minillama fetch`
+    text: tuple[Path, ...] = ()  # UTF-8 text files; each is one document
+    by_line: bool = False  # each line of the files is a document of its own
+    out: Path = Path("runs/lora")  # a new folder
+    resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
+    merge: bool = False  # write --out/checkpoint, too: the model with the adapter in its weights
+    tokenizer: Path | None = None  # where it does not lie beside the weights
+    quantize: str | None = None  # int8, int4, nf4: fewer bits for the frozen weights (QLoRA)
+    device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
+    sample_every: int = 0  # steps between two samples of text; 0 shows none
+    sample_prompt: str = ""  # what the samples continue
+    tensorboard: bool = False  # write curves to --out/tensorboard (pip install 'minillama[track]')
+    adapter: Annotated[LoRAConfig, FLAT] = field(default_factory=LoRAConfig)
+    training: Annotated[TrainingConfig, FLAT] = LORA_TRAINING
+    saving: Annotated[RunConfig, FLAT] = field(default_factory=RunConfig)
+
+    def run(self) -> None:
+        if self.merge:
+            _keep(self.out / "checkpoint")
+        run = self._resumed() if self.resume and (self.out / CONFIG).exists() else self._new()
+        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        print(
+            f"Adapter: rank {run.adapter.rank} beside {', '.join(run.adapter.targets)}, "
+            f"{trained:,} numbers. All others are frozen."
+        )
+        _follow(run, self.sample_every, self.sample_prompt, self.tensorboard)
+        adapter = self.out / run.RESULT
+        if self.merge:
+            self._merge(run)
+        print(
+            f'Try it: minillama generate --model {run.base} --adapter {adapter} "Once upon a time"'
+        )
+
+    def _new(self) -> "LoRARun":
+        from minillama.checkpoint import open_checkpoint, open_tokenizer
+        from minillama.data.corpora import hold_out, read_documents
+        from minillama.training.lora_run import LoRARun
+
+        if not (self.model and self.text):
+            raise ValueError(
+                "Name the model, and what it is to learn from: minillama lora MODEL --text FILE..."
+            )
+        _keep(self.out / LoRARun.RESULT)
+        tokenizer = open_tokenizer(open_checkpoint(self.model), self.tokenizer)
+        documents, held_out = hold_out(read_documents(self.text, self.by_line))
+        return LoRARun(
+            self.out,
+            documents,
+            held_out,
+            tokenizer,
+            self.model,
+            self.adapter,
+            self.training,
+            _device(self.device),
+            self.saving,
+            self.quantize,
+            {"text": [str(path) for path in self.text], "by_line": self.by_line},
+        )
+
+    def _resumed(self) -> "LoRARun":
+        from minillama.training.lora_run import LoRARun
+
+        run = LoRARun.resume(self.out, _device(self.device), self.saving)
+        assert isinstance(run, LoRARun)
+        for wanted, usual, started in (
+            (self.adapter, LoRAConfig(), run.adapter),
+            (self.training, LORA_TRAINING, run.config),
+        ):
+            for key, value in asdict(started).items():
+                if getattr(wanted, key) not in (value, getattr(usual, key)):
+                    raise ValueError(
+                        f"{key} was {value} when the run in {self.out} was started, and is "
+                        f"{getattr(wanted, key)} now. A resumed run keeps its settings: leave the "
+                        f"flag out, or start a new run with --out."
+                    )
+        return run
+
+    def _merge(self, run: "LoRARun") -> None:
+        from minillama.adapt.lora import adapter_of
+        from minillama.checkpoint import open_checkpoint
+        from minillama.checkpoint.native import save_native
+        from minillama.checkpoint.peft import merged
+
+        checkpoint = merged(open_checkpoint(run.base), adapter_of(run.model))
+        save_native(self.out / "checkpoint", checkpoint, run.tokenizer)
+        print(f"{self.out / 'checkpoint'} is {run.base} with the adapter in its weights.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generate:
     """Continue a prompt, and write the text as it comes.
 
@@ -276,6 +378,7 @@ class Generate:
     prompt: tyro.conf.Positional[str] = ""  # without it, the model starts from BOS alone
     model: Path  # a checkpoint folder, or a llama2.c .bin
     tokenizer: Path | None = None  # where it does not lie beside the weights
+    adapter: Path | None = None  # a folder that `minillama lora`, or peft, wrote
     max_new_tokens: int = 200
     sampling: Annotated[Sampling, FLAT] = field(default_factory=Sampling)
     seed: int | None = None  # the same seed draws the same text
@@ -288,6 +391,11 @@ class Generate:
 
         device = _device(self.device)
         model, tokenizer = load(self.model, self.tokenizer, device=device)
+        if self.adapter:
+            from minillama.adapt.lora import attach
+            from minillama.checkpoint.peft import load_adapter
+
+            attach(model, load_adapter(self.adapter, model.config))
         draft = load(self.draft, self.tokenizer, device=device)[0] if self.draft else None
         pieces = stream(
             model,
@@ -667,6 +775,7 @@ def main(arguments: list[str] | None = None) -> None:
             | Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=defaults)]
             | Annotated[Convert, tyro.conf.subcommand("convert")]
             | Annotated[Verify, tyro.conf.subcommand("verify")]
+            | Annotated[LoRA, tyro.conf.subcommand("lora")]
             | Annotated[Curate, tyro.conf.subcommand("curate")]
             | Annotated[Fetch, tyro.conf.subcommand("fetch")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]
@@ -709,7 +818,9 @@ def _follow(
     from minillama.training.progress import Progress, curves
 
     config, on_terminal = run.config, sys.stderr.isatty() and RANK == 0
-    progress = Progress(run.model.config, config, run.model.tok_embeddings.weight.device)
+    device, plan = run.model.tok_embeddings.weight.device, run.plan
+    lora_flops = plan.model_flops_per_token if plan.lora else None
+    progress = Progress(run.model.config, config, device, lora_flops)
     with (
         curves(run.folder / "tensorboard", run.step, tensorboard and RANK == 0) as draw,
         tqdm(initial=run.step, total=config.steps, unit="step", disable=not on_terminal) as bar,
@@ -735,7 +846,7 @@ def _follow(
     print(
         f"Validation loss {last['validation_loss']:.3f} nats per token, "
         f"{last['bits_per_byte']:.3f} bits per byte. "
-        f"{run.folder} holds checkpoint/, loss.png, log.jsonl and config.toml."
+        f"{run.folder} holds {run.RESULT}/, loss.png, log.jsonl and config.toml."
     )
 
 

@@ -22,7 +22,18 @@ QUICK = ["--steps", "3", "--warmup-steps", "1", "--batch-size", "2", "--seq-len"
 QUICK += ["--preset", "tiny", "--vocab-size", "300", "--device", "cpu"]
 
 
-COMMANDS = ("demo", "tokenizer", "pretrain", "generate", "chat", "info", "curate", "plan", "fetch")
+COMMANDS = (
+    "demo",
+    "tokenizer",
+    "pretrain",
+    "lora",
+    "generate",
+    "chat",
+    "info",
+    "curate",
+    "plan",
+    "fetch",
+)
 
 
 def minillama(*arguments: object) -> list[str]:

@@ -91,6 +91,8 @@ def write_tokens(
 ) -> int:
     """Encode the documents, each between BOS and EOS, into one file of ids; returns their number.
 
+    There is no BOS where the model's texts have none (`Tokenizer.adds_bos`).
+
     Memory is constant: the documents are taken one by one, and the ids written block by block. A
     document of more than 1,024 characters is encoded in parts, cut at ends of words and lines (in a
     stretch without any, after 65,536 characters). The cuts depend on the document alone, and no
@@ -194,7 +196,8 @@ def _header(n_ids: int, vocab_size: int, digest: str) -> bytes:
 def _encoded(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """The stream of ids, block by block."""
     n_guard = len(tokenizer.encode(GUARD))
-    bos, eos, dtype = [tokenizer.bos_id], [tokenizer.eos_id], _dtype(tokenizer.vocab_size)
+    bos, eos = [tokenizer.bos_id] * tokenizer.adds_bos, [tokenizer.eos_id]
+    dtype = _dtype(tokenizer.vocab_size)
     for block in _blocks(chain.from_iterable(map(_parts, documents))):
         rows = tokenizer.encode_batch(text if first else GUARD + text for text, first, _ in block)
         framed = (

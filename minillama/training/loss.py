@@ -36,11 +36,16 @@ def batch_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     A Llama whose output matrix is plain, or quantised, never holds the logits of the whole batch
     (`fused_next_token_loss`); any other model, or head, is asked for them.
     """
-    head = model.output if isinstance(model, Llama) else None
-    if not (type(head) is nn.Linear or isinstance(head, QuantizedLinear)):
+    head: nn.Module | None = model.output if isinstance(model, Llama) else None
+    if not isinstance(model, Llama) or not (
+        type(head) is nn.Linear or isinstance(head, QuantizedLinear)
+    ):
         return next_token_loss(model(batch.tokens), batch.targets)
     hidden, group = model.hidden(batch.tokens), None
-    weight = head.weight if type(head) is nn.Linear else head.dequantized(hidden.dtype)
+    if isinstance(head, QuantizedLinear):
+        weight = head.dequantized(hidden.dtype)
+    else:
+        weight = model.output.weight
     if dist.is_initialized() and hasattr(hidden, "device_mesh"):  # under tensor parallelism
         hidden, weight, group = _own_words(hidden, weight)
     return fused_next_token_loss(hidden, weight, batch.targets, group=group)

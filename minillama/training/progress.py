@@ -33,16 +33,23 @@ class Progress:
     The rate is averaged over the last ten seconds or so. The model-FLOP utilisation (MFU) compares
     the FLOPs that the model needs, forward and backward, with the rate of a large matrix product,
     measured here: 100% is the best that any implementation could do. Of many processes each counts
-    its part of the FLOPs, and its own device.
+    its part of the FLOPs, and its own device. `lora_flops`, those of a token, are what frozen
+    weights beside an adapter need instead.
     """
 
     def __init__(
-        self, model_config: LlamaConfig, config: TrainingConfig, device: torch.device
+        self,
+        model_config: LlamaConfig,
+        config: TrainingConfig,
+        device: torch.device,
+        lora_flops: float | None = None,
     ) -> None:
         rows = config.batch_size * config.accumulation
         self.device, self.tokens = device, rows * config.seq_len
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self.flops = 3 * forward_flops(model_config, config.seq_len) * rows / world
+        if lora_flops is not None:
+            self.flops = lora_flops * self.tokens
         self.peak = product_rate(device, precision(config.precision, device))
         self.seconds, self.last = 0.0, time.perf_counter()
 

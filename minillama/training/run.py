@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import log as ln
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import tomli_w
 import torch
@@ -82,6 +82,12 @@ class PretrainingRun:
     Raises ValueError or OSError. Shown in notebooks/08_pretraining.ipynb.
     """
 
+    RESULT: ClassVar[str] = "checkpoint"  # what the folder holds at the end
+    _TABLES: ClassVar[tuple[str, ...]] = (
+        "model",
+        "shares",
+    )  # of config.toml: what a run is, beside its training
+
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -95,13 +101,6 @@ class PretrainingRun:
         shares: Mapping[str, float] | None = None,
         origin: Mapping[str, Any] | None = None,
     ) -> None:
-        folder = Path(folder)
-        _check_lengths(model_config, config)
-        check_vocabulary(model_config, tokenizer)
-        self._ranks = meet(device, model_config, config)
-        _check_memory(model_config, config, self._ranks)
-        sources = documents if isinstance(documents, Mapping) else {"text": documents}
-        from_main(lambda: _begin(folder, sources, held_out, tokenizer, config.seq_len))
         settings = {
             "model": model_config.to_dict(),
             "training": asdict(config),
@@ -109,6 +108,26 @@ class PretrainingRun:
             "shares": dict(shares or {"text": 1.0}),
             "data": dict(origin or {}),
         }
+        self._start(Path(folder), documents, held_out, tokenizer, settings, device)
+
+    def _start(
+        self,
+        folder: Path,
+        documents: Documents | Mapping[str, Documents],
+        held_out: Documents,
+        tokenizer: Tokenizer,
+        settings: Mapping[str, Any],
+        device: str | torch.device,
+    ) -> None:
+        """Write what a new run begins with, once everything is checked, and open it."""
+        model_config = LlamaConfig.from_dict(settings["model"])
+        config = TrainingConfig(**settings["training"])
+        _check_lengths(model_config, config)
+        check_vocabulary(model_config, tokenizer)
+        self._ranks = meet(device, model_config, config)
+        _check_memory(self._plan(settings), self._ranks)
+        sources = documents if isinstance(documents, Mapping) else {"text": documents}
+        from_main(lambda: _begin(folder, sources, held_out, tokenizer, config.seq_len))
         self._open(folder, settings, tokenizer)
         if is_main():
             new = folder / f".{CONFIG}.new"  # a run is there to resume once this has its name
@@ -145,7 +164,7 @@ class PretrainingRun:
         where = f"{folder / CONFIG} [training]"
         config = override(TrainingConfig(), settings["training"], where)
         run._ranks = meet(device, model_config, config)
-        _check_memory(model_config, config, run._ranks)
+        _check_memory(run._plan(settings), run._ranks)
         run._open(folder, settings, Tokenizer(folder / "tokens" / TOKENIZER))
         if state := from_main(lambda: newest_state(folder / "states")):
             progress = from_main(lambda: load_progress(state))
@@ -169,12 +188,11 @@ class PretrainingRun:
     ) -> None:
         """Everything that a new run and a resumed one have in common."""
         self.folder, self.tokenizer = folder, tokenizer
-        model_config = LlamaConfig.from_dict(settings["model"])
         where = f"{folder / CONFIG}"
         self.config = override(TrainingConfig(), settings["training"], f"{where} [training]")
         self.saving = override(RunConfig(), settings["saving"], f"{where} [saving]")
         self._identity = {
-            **{name: settings[name] for name in ("model", "shares")},
+            **{name: settings[name] for name in self._TABLES},
             # The same steps are taken, however many processes take them.
             "training": {**settings["training"], "tensor_parallel": 1},
             "tokens": json.loads((folder / "tokens" / SIZES).read_text()),
@@ -189,12 +207,24 @@ class PretrainingRun:
         )
         self.held_out_rows = self._rows(HELD_OUT)
 
-        self.model = self._model(model_config)
+        self.plan = self._plan(settings)
+        self.model = self._model(settings)
         self.optimizer = make_optimizer(self.model, self.config)
         self.step = 0  # steps taken
         self._log_size = 0  # bytes of the log that belong to these steps
 
-    def _model(self, model_config: LlamaConfig) -> Llama:
+    def _plan(self, settings: Mapping[str, Any]) -> TrainingPlan:
+        """What a step takes on each of the processes."""
+        return TrainingPlan(
+            config=LlamaConfig.from_dict(settings["model"]),
+            training=TrainingConfig(**settings["training"]),
+            device=self._ranks.device.type,
+            data_parallel=self._ranks.n_data,
+        )
+
+    def _model(self, settings: Mapping[str, Any]) -> Llama:
+        model_config = LlamaConfig.from_dict(settings["model"])
+
         def first() -> Llama:
             generator = torch.Generator().manual_seed(self.config.seed)
             return Llama(model_config, generator, self.config.init_std)
@@ -260,7 +290,7 @@ class PretrainingRun:
         from_main(lambda: self._finish(whole))
 
     def _finish(self, model: Llama) -> None:
-        save(self.folder / "checkpoint", model, self.tokenizer)
+        save(self.folder / self.RESULT, model, self.tokenizer)
         plot_losses(self.log()).savefig(self.folder / "loss.png", dpi=100)
 
     def whole_model(self) -> Llama:
@@ -347,11 +377,8 @@ def _check_lengths(model_config: LlamaConfig, config: TrainingConfig) -> None:
         )
 
 
-def _check_memory(model_config: LlamaConfig, config: TrainingConfig, ranks: Ranks) -> None:
+def _check_memory(plan: TrainingPlan, ranks: Ranks) -> None:
     """Refuse what does not fit, with numbers and ways out, before anything is allocated."""
-    plan = TrainingPlan(
-        config=model_config, training=config, device=ranks.device.type, data_parallel=ranks.n_data
-    )
     free = free_memory(str(ranks.device))
     if free is not None and ranks.device.type == "cpu":
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of a machine share it

@@ -25,7 +25,7 @@ PROGRESS = "state.json"
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The weights and what the optimiser remembers of each, by name; views, not copies.
+    """The trained weights and what the optimiser remembers of each, by name; views, not copies.
 
     An optimiser that has taken no step yet remembers zeros.
     """
@@ -33,6 +33,8 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         _start(optimizer)
     tensors = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         tensors[name] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{name}.{key}"] = value

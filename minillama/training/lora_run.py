@@ -1,0 +1,115 @@
+"""Train an adapter of a checkpoint: a pretraining run in which nearly everything is frozen."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from minillama.adapt.lora import adapter_of, attach, new_adapter
+from minillama.checkpoint import open_checkpoint
+from minillama.checkpoint.peft import save_adapter
+from minillama.checkpoint.weights import llama_from
+from minillama.config import LoRAConfig, RunConfig, TrainingConfig, override
+from minillama.model import Llama
+from minillama.plan import LINEARS, TrainingPlan
+from minillama.tokenizer import Tokenizer
+from minillama.training.checkpointing import checkpoint_activations
+from minillama.training.run import Documents, PretrainingRun, plot_losses
+from minillama.training.step import StepStats, compile_blocks
+
+
+class LoRARun(PretrainingRun):
+    """Train an adapter of the model in a checkpoint. At the end the folder has
+
+        adapter/    what `load_adapter` and peft open, in place of checkpoint/
+
+    and all else that a `PretrainingRun` leaves: it takes the same steps, saves states of what is
+    trained, and resumes as exactly. `base` is what `open_checkpoint` takes; it is read again to
+    resume, and never written. With `quantize` its matrices are held in few bits (QLoRA).
+
+    Raises ValueError or OSError; also where there are several processes, as one trains an adapter.
+    Shown in notebooks/18_lora.ipynb.
+    """
+
+    RESULT: ClassVar[str] = "adapter"
+    _TABLES: ClassVar[tuple[str, ...]] = ("model", "shares", "base", "adapter")
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        documents: Documents | Mapping[str, Documents],
+        held_out: Documents,
+        tokenizer: Tokenizer,
+        base: str | os.PathLike[str],
+        adapter: LoRAConfig,
+        config: TrainingConfig,
+        device: str | torch.device = "cpu",
+        saving: RunConfig | None = None,
+        quantize: str | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        path = Path(base).absolute() if Path(base).exists() else base  # or a name
+        settings = {
+            "model": open_checkpoint(base).config.to_dict(),
+            "training": asdict(config),
+            "saving": asdict(saving or RunConfig()),
+            "shares": {"text": 1.0},
+            "base": {"path": str(path), "quantize": quantize or ""},
+            "adapter": asdict(adapter) | {"targets": list(adapter.targets)},
+            "data": dict(origin or {}),
+        }
+        self._start(Path(folder), documents, held_out, tokenizer, settings, device)
+
+    def _plan(self, settings: Mapping[str, Any]) -> TrainingPlan:
+        if self._ranks.mesh is not None:
+            raise ValueError(
+                f"An adapter is trained by one process, but {self._ranks.mesh.size()} were "
+                f"started: run the command without torchrun."
+            )
+        if "adapter" not in settings:
+            raise ValueError("This is no run of an adapter: `minillama pretrain` resumes it.")
+        adapter, base = _adapter(settings), open_checkpoint(settings["base"]["path"])
+        quantized = base.quantization or {"kind": settings["base"]["quantize"] or None}
+        inner = tuple(name for name in adapter.targets if name in LINEARS)  # of the blocks
+        plan = super()._plan(settings)
+        return plan.changed(lora=adapter.rank, targets=inner, quantize=quantized["kind"])
+
+    def _model(self, settings: Mapping[str, Any]) -> Llama:
+        self.base, self.adapter = settings["base"]["path"], _adapter(settings)
+        checkpoint = open_checkpoint(self.base)
+        if checkpoint.config.to_dict() != settings["model"]:
+            raise ValueError(
+                f"{self.base} holds another model than when this run was started. Restore it, or "
+                f"start a new run."
+            )
+        quantize = settings["base"]["quantize"] or None
+        model = llama_from(checkpoint, self._ranks.device, self._dtype, quantize)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        attach(model, new_adapter(model.config, self.adapter, generator))
+        checkpoint_activations(model, self.config.checkpointing)
+        if self.config.compile:
+            compile_blocks(model)
+        return model
+
+    def __iter__(self) -> Iterator[StepStats]:
+        steps, device = super().__iter__(), self._ranks.device
+        devices = [device] if device.type == "cuda" else []
+        while True:
+            with torch.random.fork_rng(devices):  # dropout's, so that a resumed run draws the same
+                torch.manual_seed((1_000_003 * self.config.seed + self.step) % 2**63)
+                stats = next(steps, None)
+            if stats is None:
+                return
+            yield stats
+
+    def _finish(self, model: Llama) -> None:
+        save_adapter(self.folder / self.RESULT, adapter_of(model), model.config, self.base)
+        plot_losses(self.log()).savefig(self.folder / "loss.png", dpi=100)
+
+
+def _adapter(settings: Mapping[str, Any]) -> LoRAConfig:
+    values = settings["adapter"] | {"targets": tuple(settings["adapter"]["targets"])}
+    return override(LoRAConfig(), values, "[adapter]")
