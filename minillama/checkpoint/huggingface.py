@@ -4,6 +4,7 @@ config.json                    the sizes, under other names than Meta's
 model.safetensors              the weights; large models in parts, with model.safetensors.index.json
 pytorch_model.bin              the same in older folders, with pytorch_model.bin.index.json
 tokenizer.model, .json         SentencePiece's file, or that of the tokenizers library, or both
+tokenizer_config.json          which piece begins a text
 
 Two things differ from Meta's: the names, and the order of the rows of wq and wk. Their rotation
 pairs channel i with channel i + head_dim / 2, so each head's rows go from 0 1 2 3 ... to
@@ -196,6 +197,7 @@ def save_huggingface(
             _write_json(new / f"{WEIGHTS}.index.json", index_)
         dtype = str(main_dtype(checkpoint)).removeprefix("torch.")
         _write_json(new / CONFIG, config_json(config, tokenizer, dtype))
+        _write_json(new / "tokenizer_config.json", tokenizer_config_json(tokenizer))
         (new / tokenizer.file_name).write_bytes(tokenizer.to_bytes())
 
 
@@ -245,6 +247,19 @@ def config_json(config: LlamaConfig, tokenizer: Tokenizer, dtype: str) -> dict[s
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "torch_dtype": dtype,
+    }
+
+
+def tokenizer_config_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer_config.json, so that transformers makes the same ids of a text."""
+    is_sentencepiece = tokenizer.file_name == "tokenizer.model"
+    named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    return {
+        "tokenizer_class": "LlamaTokenizer" if is_sentencepiece else "PreTrainedTokenizerFast",
+        "add_bos_token": tokenizer.adds_bos,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        **{name: tokenizer.pieces[i] for name, i in named.items() if i >= 0},
     }
 
 

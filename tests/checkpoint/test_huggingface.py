@@ -145,6 +145,15 @@ def test_transformers_loads_what_we_save(tmp_path, shape):
     assert tied == model.config.tie_embeddings
 
 
+@pytest.mark.parametrize("text", ["Ada had a kite.", "", "two  spaces\n", "日本語 🦙", "<s>x</s>"])
+def test_transformers_makes_the_same_ids(folder, text):
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = theirs(text, split_special_tokens=True).input_ids
+    assert ids == small_tokenizer().encode(text, bos=True)
+
+
 @over_shapes
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"], ids=["whole", "sharded"])
 @torch.no_grad()
