@@ -18,7 +18,7 @@ def best_of(prompt, seeds):  # 30 tokens each, at temperature 1 -> Completion
 
 # %% tags=["exercise-2"]
 def n_steps(n_prompt, n_new, chunk):  # -> int
-    return math.ceil(n_prompt / chunk) + n_new - 1
+    return -(-n_prompt // chunk) + n_new - 1  # rounded up
 
 
 # %% [markdown]
