@@ -92,9 +92,9 @@ assert_close(normalised(p**2)[0].item(), 0.25 / 0.365, rtol=1e-5, atol=0)
 # %% [markdown]
 # The others cut the tail off. **Top-k** keeps the k likeliest tokens (Fan et al. 2018). But how
 # many are good depends on the place: after "Once upon a" there is one, at the start of a story
-# there are several. So **top-p** keeps the fewest tokens that together have probability p (Holtzman et
-# al. 2020), and **min-p** those that are at least min_p times as probable as the likeliest (Nguyen
-# et al. 2024).
+# there are several. So **top-p** keeps the fewest tokens that together have probability p (Holtzman
+# et al. 2020), and **min-p** those that are at least min_p times as probable as the likeliest
+# (Nguyen et al. 2024).
 
 
 # %%
