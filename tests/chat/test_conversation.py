@@ -6,7 +6,7 @@ from small import small_llama
 from minillama.chat import Conversation, Message, encode_dialog
 from minillama.chat.conversation import read_messages
 from minillama.config import Sampling
-from minillama.generation import generate
+from minillama.generation import Request, generate
 
 MODEL = small_llama(max_seq_len=256)
 GREEDY = Sampling()
@@ -56,13 +56,27 @@ def test_an_answer_ends_with_the_piece_of_the_format(tok):
     assert not talk.cut_off
 
 
-def test_a_seed_draws_the_same_answers_and_each_turn_another(tok):
+def test_a_seed_draws_the_same_answers(tok):
     settings = {"sampling": Sampling(temperature=2.0), "seed": 3}
     talks = [conversation(tok, **settings) for _ in range(2)]
     answers = [["".join(talk.ask("Ben?")) for _ in range(2)] for talk in talks]
     assert answers[0] == answers[1]
     other = conversation(tok, **settings | {"seed": 4})
     assert "".join(other.ask("Ben?")) != answers[0][0]
+
+
+def test_each_turn_draws_with_a_seed_of_its_own(tok, monkeypatch):
+    seeds = []
+
+    def noting(ids: list[int], limit: int, sampling: Sampling, seed: int) -> Request:
+        seeds.append(seed)
+        return Request(ids, limit, sampling, seed)
+
+    monkeypatch.setattr("minillama.chat.conversation.Request", noting)
+    talk = conversation(tok, seed=3)
+    list(talk.ask("Ben?"))
+    list(talk.ask("Ben?"))
+    assert seeds == [4, 6]
 
 
 def test_the_oldest_turns_are_forgotten_where_the_context_ends(tok):

@@ -107,6 +107,12 @@ def test_the_ids_are_those_of_meta_s_chat_completion(assets):
         assert encode_dialog(messages, tok).ids == case["ids"], case
 
 
+def test_of_system_message_and_question_only_the_end_is_stripped(tok):
+    messages = [Message("system", " s "), Message("user", "  Hi \n"), Message("assistant", " a ")]
+    text = "[INST] <<SYS>>\n s \n<</SYS>>\n\n  Hi [/INST] a "
+    assert encode_dialog(messages, tok).ids == tok.encode(text, bos=True, eos=True)
+
+
 def check_meta(tok: Tokenizer, examples: int) -> None:
     def check(messages: list[Message]) -> None:
         tokens = encode_dialog(messages, tok)
@@ -269,6 +275,11 @@ def test_a_marker_in_anybody_s_text_is_refused_or_gets_a_space(tok, role, marker
         encode_dialog(messages, tok)
     text = tok.decode(encode_dialog(messages, tok, neutralised=True).ids)
     assert f"see{marker[0]} {marker[1:]}here" in text
+
+
+def test_the_names_of_all_control_pieces_are_markers(chatml_tok):
+    with pytest.raises(ValueError, match=r"contains '<\|endoftext\|>'"):
+        encode_dialog([Message("user", "a <|endoftext|>")], chatml_tok, "chatml")
 
 
 @pytest.mark.parametrize(
