@@ -315,12 +315,3 @@ def _layout(config: LlamaConfig, names: list[str]) -> Iterator[str]:
             yield from (f"layers.{layer}.{name}.weight" for layer in range(config.n_layers))
     if not config.tie_embeddings:
         yield "output.weight"
-
-
-def load_llama2c(path: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """The config and the weights of a file; a tied output matrix is the embedding."""
-    checkpoint = open_llama2c(path)
-    weights = {name: stored.read() for name, stored in checkpoint.weights.items()}
-    if checkpoint.config.tie_embeddings:
-        weights["output.weight"] = weights["tok_embeddings.weight"]
-    return checkpoint.config, weights

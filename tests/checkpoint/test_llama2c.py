@@ -474,6 +474,11 @@ def test_another_version_names_the_way_out(path):
     refused(path, r"is llama2\.c version 3; .* export\.py --version 1")
 
 
+def test_groups_that_do_not_divide_the_rows(path):
+    path.write_bytes(int8_file_of(small_llama(), 64))
+    refused(path, r"has int8 numbers in groups of 64, which do not divide its rows of 32")
+
+
 def test_a_flipped_bit_in_a_legacy_header_is_noticed(path):
     data = path.read_bytes()
     for position in range(28):
