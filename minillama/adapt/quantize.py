@@ -27,7 +27,7 @@ CONSTANTS = 256  # NF4's scales that share a scale of their own
 # Measured with benchmarks/quantization.py: they meet between 20 and 100, on AVX2 and AVX-512 alike.
 KERNEL_ROWS = 64
 _ROWS_AT_ONCE = 64  # a multiple of this many rows of a matrix is dequantised at a time,
-_NUMBERS_AT_ONCE = 2**20  # and about as many numbers: they stay in the cache
+_NUMBERS_AT_ONCE = 2**19  # and about as many numbers: they stay in the cache
 _TINY = torch.finfo(torch.float32).tiny
 _BITSANDBYTES = find_spec("bitsandbytes") is not None
 
@@ -161,15 +161,18 @@ class QuantizedLinear(nn.Module):
 
     def row_blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "rows d_in"]]]:
         """That matrix, some rows at a time, and which."""
-        step = _rows_at_once(self.in_features)
-        for first in range(0, self.out_features, step):
-            last = min(first + step, self.out_features)
-            yield slice(first, last), self._rows(first, last).to(dtype)
+        for rows in self._row_slices():
+            yield rows, self._rows(rows).to(dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
-    def _rows(self, first: int, last: int) -> Float[Tensor, "rows d_in"]:
+    def _row_slices(self) -> Iterator[slice]:
+        step = _ROWS_AT_ONCE * max(1, _NUMBERS_AT_ONCE // (_ROWS_AT_ONCE * self.in_features))
+        for first in range(0, self.out_features, step):
+            yield slice(first, min(first + step, self.out_features))
+
+    def _rows(self, rows: slice) -> Float[Tensor, "rows d_in"]:
         raise NotImplementedError
 
     def _has_kernel(self) -> bool:
@@ -205,20 +208,27 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("scale", torch.empty(out_features, dtype=torch.bfloat16))
 
     def quantize_(self, weight: Float[Tensor, "d_out d_in"]) -> None:
-        parts = [absmax_int8(rows, torch.bfloat16) for rows in _some_rows(weight)]
-        self.codes, self.scale = (torch.cat(part) for part in zip(*parts, strict=True))
+        for rows in self._row_slices():
+            self.codes[rows], self.scale[rows] = absmax_int8(weight[rows], torch.bfloat16)
 
-    def _rows(self, first: int, last: int) -> Float[Tensor, "rows d_in"]:
-        return self.codes[first:last] * self.scale[first:last, None].float()
+    def _rows(self, rows: slice) -> Float[Tensor, "rows d_in"]:
+        return self.codes[rows] * self.scale[rows, None].float()
 
     def _has_kernel(self) -> bool:
         # The CPU's kernel reads 32 numbers at a time, also behind the end of a row.
         return self.codes.device.type != "cpu" or self.in_features % 32 == 0
 
     def _product(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
-        if x.device.type == "cpu":
-            return torch._weight_int8pack_mm(x.bfloat16(), self.codes, self.scale).to(x.dtype)
-        return linear(x, self.codes.to(x.dtype)) * self.scale.to(x.dtype)  # fused, where compiled
+        if x.device.type != "cpu":
+            return linear(x, self.codes.to(x.dtype)) * self.scale.to(x.dtype)  # fused, if compiled
+        # A copy in any case: it lies at a multiple of 64 bytes, as the kernel needs it.
+        x16 = x.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
+        return torch._weight_int8pack_mm(x16, self.codes, self.scale).to(x.dtype)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.codes.data_ptr() % 16:  # mapped from a file, and the kernel would crash
+            self.codes = self.codes.clone()
 
 
 class Int4Linear(QuantizedLinear):
@@ -249,21 +259,19 @@ class Int4Linear(QuantizedLinear):
         self._in_kernel_order = False
 
     def quantize_(self, weight: Float[Tensor, "d_out d_in"]) -> None:
-        parts = [group_int4(rows, self.group_size) for rows in _some_rows(weight)]
-        codes, scales = zip(*parts, strict=True)
-        self.codes = torch.cat([two_in_a_byte(rows) for rows in codes])
-        self.scale_and_zero = torch.cat(scales, dim=1)
+        for rows in self._row_slices():
+            codes, self.scale_and_zero[:, rows] = group_int4(weight[rows], self.group_size)
+            self.codes[rows] = two_in_a_byte(codes)
         self._in_kernel_order = False
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
-    def _rows(self, first: int, last: int) -> Float[Tensor, "rows d_in"]:
-        packed = self.codes[first:last]
+    def _rows(self, rows: slice) -> Float[Tensor, "rows d_in"]:
         unpack = _codes_from_kernel_order if self._in_kernel_order else two_from_a_byte
-        codes = unpack(packed)
-        scale, zero = self.scale_and_zero[:, first:last].float().unbind(-1)  # (groups, rows)
-        grouped = codes.view(last - first, -1, self.group_size).float().sub_(8)
+        codes = unpack(self.codes[rows])
+        scale, zero = self.scale_and_zero[:, rows].float().unbind(-1)  # (groups, rows)
+        grouped = codes.view(len(codes), -1, self.group_size).float().sub_(8)
         grouped.mul_(scale.T[..., None]).add_(zero.T[..., None])
         return grouped.flatten(1)[:, : self.in_features]
 
@@ -284,8 +292,7 @@ class Int4Linear(QuantizedLinear):
 
     def _reorder(self, function: Callable[[Tensor], Tensor]) -> None:
         with torch.inference_mode(False):  # or the codes could not be used in training any more
-            codes = [function(rows) for rows in self.codes.split(_rows_at_once(self.in_features))]
-            self.codes = torch.cat(codes)
+            self.codes = torch.cat([function(self.codes[rows]) for rows in self._row_slices()])
         self._in_kernel_order = not self._in_kernel_order
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -330,25 +337,34 @@ class NF4Linear(QuantizedLinear):
         self.register_buffer("absmax_mean", torch.empty(()))
 
     def quantize_(self, weight: Float[Tensor, "d_out d_in"]) -> None:
-        parts = [block_nf4(rows.flatten()) for rows in _some_rows(weight)]
-        codes, absmax = (torch.cat(part) for part in zip(*parts, strict=True))
-        self.codes, self.absmax_mean = two_in_a_byte(codes), absmax.mean()
+        absmax = torch.empty(self.absmax.shape, device=weight.device)
+        for rows in self._row_slices():
+            blocks, codes = self._blocks(rows)
+            both, absmax[blocks] = block_nf4(weight[rows].flatten())
+            self.codes[codes] = two_in_a_byte(both)
+        self.absmax_mean.copy_(absmax.mean())
         differences = pad(absmax - self.absmax_mean, (0, -len(absmax) % CONSTANTS))
-        constants, self.absmax_scale = absmax_int8(differences.view(-1, CONSTANTS))
-        self.absmax = constants.flatten()[: len(absmax)].clone()
+        constants, scales = absmax_int8(differences.view(-1, CONSTANTS))
+        self.absmax.copy_(constants.flatten()[: len(absmax)])
+        self.absmax_scale.copy_(scales)
 
-    def _rows(self, first: int, last: int) -> Float[Tensor, "rows d_in"]:
-        start, stop = first * self.in_features, last * self.in_features
-        start, end = start // NF4_BLOCK, -(-stop // NF4_BLOCK)  # in blocks
-        packed = self.codes[start * NF4_BLOCK // 2 : end * NF4_BLOCK // 2]
+    def _rows(self, rows: slice) -> Float[Tensor, "rows d_in"]:
+        blocks, codes = self._blocks(rows)
         # Both numbers of a byte in one look-up: three times as fast as one by one.
-        pairs = torch.index_select(_nf4_pairs(packed.device), 0, packed.int())
-        blocks = pairs.view(torch.float32).view(-1, NF4_BLOCK) * self._absmax(start, end)[:, None]
-        return blocks.flatten()[: stop - first * self.in_features].view(-1, self.in_features)
+        pairs = torch.index_select(_nf4_pairs(self.codes.device), 0, self.codes[codes].int())
+        values = pairs.view(torch.float32).view(-1, NF4_BLOCK) * self._absmax(blocks)[:, None]
+        n_rows = rows.stop - rows.start
+        return values.flatten()[: n_rows * self.in_features].view(n_rows, self.in_features)
 
-    def _absmax(self, start: int, end: int) -> Float[Tensor, " some_blocks"]:
-        constants = torch.arange(start, end, device=self.absmax.device) // CONSTANTS
-        return self.absmax[start:end] * self.absmax_scale[constants] + self.absmax_mean
+    def _blocks(self, rows: slice) -> tuple[slice, slice]:
+        """The blocks that hold these rows, and the bytes of their codes."""
+        first = rows.start * self.in_features // NF4_BLOCK
+        last = -(-rows.stop * self.in_features // NF4_BLOCK)
+        return slice(first, last), slice(first * NF4_BLOCK // 2, last * NF4_BLOCK // 2)
+
+    def _absmax(self, blocks: slice) -> Float[Tensor, " some_blocks"]:
+        constants = torch.arange(blocks.start, blocks.stop, device=self.absmax.device) // CONSTANTS
+        return self.absmax[blocks] * self.absmax_scale[constants] + self.absmax_mean
 
     def _has_kernel(self) -> bool:
         return self.codes.device.type == "cuda" and _BITSANDBYTES
@@ -357,7 +373,7 @@ class NF4Linear(QuantizedLinear):
         import bitsandbytes  # type: ignore[import-not-found]
 
         state = bitsandbytes.functional.QuantState(
-            absmax=self._absmax(0, len(self.absmax)),
+            absmax=self._absmax(slice(0, len(self.absmax))),
             shape=torch.Size((self.out_features, self.in_features)),
             code=nf4_levels().to(x.device),
             blocksize=NF4_BLOCK,
@@ -401,7 +417,7 @@ def quantize_linear(
     numbers that are not finite: they would make their whole row, or group, useless.
     """
     layer = empty_linear(kind, weight.shape[1], weight.shape[0], group_size)
-    layer.quantize_(weight)
+    layer.to_empty(device=weight.device).quantize_(weight)
     scales = (buffer for buffer in layer.buffers() if buffer.is_floating_point())
     if not all(scale.isfinite().all() for scale in scales):
         n_bad = weight.numel() - int(weight.isfinite().sum())
@@ -481,14 +497,6 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     if x.device.type == "cpu" and x.dtype in supported and not supported[x.dtype]():
         return torch.float32  # six times as fast, on AVX2
     return x.dtype
-
-
-def _rows_at_once(d_in: int) -> int:
-    return max(1, _NUMBERS_AT_ONCE // (_ROWS_AT_ONCE * d_in)) * _ROWS_AT_ONCE
-
-
-def _some_rows(weight: Tensor) -> tuple[Tensor, ...]:
-    return weight.split(_rows_at_once(weight.shape[1]))
 
 
 # Made once. (Plain dictionaries: torch.compile does not look into the caches of functools.)

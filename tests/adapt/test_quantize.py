@@ -15,7 +15,7 @@ from small import small_config, small_llama, small_tokenizer
 from torch.nn.functional import linear
 from torch.testing import assert_close
 
-from minillama import generate
+from minillama import Llama, generate, load, save
 from minillama.adapt.quantize import (
     KERNEL_ROWS,
     KINDS,
@@ -32,7 +32,11 @@ from minillama.adapt.quantize import (
     two_from_a_byte,
     two_in_a_byte,
 )
+from minillama.checkpoint.fetch import fetched
+from minillama.data import tales
+from minillama.data.packing import Batch
 from minillama.plan import InferencePlan, quantized_bytes
+from minillama.training import evaluate
 
 # d_out, d_in: shapes that all kernels have, and such that groups, blocks or kernels do not divide.
 REGULAR = [(64, 64), (192, 576), (288, 256), (80, 32)]
@@ -136,7 +140,7 @@ def test_double_quantisation_is_off_by_half_a_constants_step():
     assert layer.absmax_mean == absmax.mean()
     assert len(layer.absmax_scale) == 4  # 771 blocks
     half = layer.absmax_scale[torch.arange(len(absmax)) // 256] / 2
-    found = layer._absmax(0, len(absmax))
+    found = layer._absmax(slice(0, len(absmax)))
     assert ((found - absmax).abs() <= 1.001 * half).all()
     assert not torch.equal(found, absmax)
 
@@ -371,6 +375,128 @@ def test_gradients_flow_through_a_whole_model_to_its_norms():
     assert len(found) == 2 * 2 + 1 + 1
     for name, grad in found.items():
         assert_close(grad, exact.get_parameter(name).grad, rtol=1e-4, atol=1e-4)
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "group_size"), [("int8", 32), ("int4", 32), ("int4", 64), ("nf4", 32)]
+)
+def test_saved_and_loaded_to_the_bit(tmp_path, kind, group_size, tied):
+    model = quantize(small_llama(tie_embeddings=tied, hidden_dim=172), kind, group_size)
+    tokens = torch.arange(10)[None]
+    with torch.inference_mode():
+        before = model(tokens)  # which puts int4's codes into the kernel's order
+    save(tmp_path / "folder", model, small_tokenizer())
+    loaded, _ = load(tmp_path / "folder")
+    assert quantization_of(loaded) == {"kind": kind, "group_size": group_size}
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == tensor.dtype
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    with torch.inference_mode():
+        assert torch.equal(loaded(tokens), before)
+        assert torch.equal(model(tokens), before)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_loading_quantises_as_quantize_does(tmp_path, kind, dtype, tied):
+    save(tmp_path / "folder", small_llama(tie_embeddings=tied), small_tokenizer())
+    loaded, _ = load(tmp_path / "folder", quantize=kind, dtype=dtype)
+    expected = quantize(small_llama(tie_embeddings=tied), kind).to(dtype)
+    assert loaded.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("format", ["huggingface", "meta", "llama2.c", "gguf"])
+def test_other_formats_do_not_hold_it(tmp_path, format):
+    model = quantize(small_llama(), "int4")
+    with pytest.raises(
+        ValueError, match=r"in int4, packed as minillama does .* Save them as native"
+    ):
+        save(tmp_path / "x", model, small_tokenizer(), format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_quantised_is_not_quantised_again(tmp_path):
+    save(tmp_path / "folder", quantize(small_llama(), "int8"), small_tokenizer())
+    with pytest.raises(ValueError, match="in int8 already, and what they lost is not regained"):
+        load(tmp_path / "folder", quantize="int4")
+    with pytest.raises(ValueError, match="no quantisation 'int3'"):
+        load(tmp_path / "folder", quantize="int3")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its memory from /proc")
+def test_the_whole_is_never_in_memory_in_more_bits(tmp_path):
+    """A checkpoint of 325 MB in float32; in a process of its own, so that nothing else counts."""
+    sizes = {"dim": 1024, "n_layers": 6, "n_heads": 8, "n_kv_heads": 8, "hidden_dim": 2816}
+    model = Llama(small_config(**sizes))
+    save(tmp_path / "folder", model, small_tokenizer())
+    for kind in KINDS:
+        plan = InferencePlan(config=model.config, seq_len=1, dtype="bfloat16", quantize=kind)
+        peak = run_python(f"""
+import torch
+from pathlib import Path
+from minillama import load, save
+from small import small_llama, small_tokenizer
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+torch.set_num_threads(1)
+save(r"{tmp_path}/small", small_llama(), small_tokenizer())  # what libraries load at first
+load(r"{tmp_path}/small", quantize="{kind}", dtype=torch.bfloat16)
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+model, _ = load(r"{tmp_path}/folder", quantize="{kind}", dtype=torch.bfloat16)
+print(resident("VmHWM") - before)
+""")
+        # Beside them one matrix of 11.5 MB, what is computed of it, and holes that malloc leaves.
+        assert int(peak) < 1.1 * plan.parts["weights"] + 40e6, kind
+        assert int(peak) < 0.75 * 2 * model.config.n_parameters  # in 16 bits
+
+
+# --- Real weights --------------------------------------------------------------------------------
+
+
+def loss(model: Llama, rows: torch.Tensor) -> float:
+    """Nats per token."""
+    return evaluate(model, [Batch(row[None, :-1], row[None, 1:]) for row in rows])
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.005), ("int4", 0.05), ("nf4", 0.05)])
+def test_the_toy_loses_little(kind, most):
+    model, tok = load(Path(__file__).parents[2] / "data" / "toy" / "checkpoint")
+    ids = [token for story in tales.corpus("valid")[:40] for token in tok.encode(story, bos=True)]
+    rows = torch.tensor(ids[: 20 * 129]).view(20, 129)
+    before = loss(model, rows)
+    after = loss(quantize(model, kind), rows)
+    assert 0 < abs(after / before - 1) < most
+
+
+@pytest.mark.slow
+def test_smollm2_loses_little(assets):
+    """On 4,096 tokens of Shakespeare; NF4 is printed, and not held to anything but reason."""
+    path = fetched("smollm2-135m-instruct")
+    if path is None:
+        pytest.skip("needs SmolLM2: minillama fetch smollm2-135m-instruct")
+    model, tok = load(path, dtype=torch.float32)
+    ids = tok.encode((assets / "tinyshakespeare.txt").read_text()[:20_000])
+    rows = torch.tensor(ids[: 8 * 513]).view(8, 513)
+    before = loss(model, rows)
+    found = {}
+    for kind in KINDS:
+        model, _ = load(path, dtype=torch.float32, quantize=kind)
+        found[kind] = loss(model, rows) / before - 1
+    print({kind: f"{change:+.2%}" for kind, change in found.items()})
+    assert abs(found["int8"]) < 0.005
+    assert abs(found["int4"]) < 0.05
+    assert abs(found["nf4"]) < 0.2
 
 
 # --- What cannot be ------------------------------------------------------------------------------
