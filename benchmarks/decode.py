@@ -230,6 +230,8 @@ def litgpt_model(llama):  # type: ignore[no-untyped-def]
 def llama_cpp(name: str, options: argparse.Namespace):  # type: ignore[no-untyped-def]
     import llama_cpp
 
+    if options.no_repack:
+        without_repacking()
     path = str(Path(options.folder) / f"{name.split()[1]}.gguf")
     threads = options.threads or None
     model = llama_cpp.Llama(
@@ -265,6 +267,20 @@ def write_gguf(folder: str, options: argparse.Namespace) -> None:
         save(path, llama, Tokenizer(options.tokenizer), format="gguf", kind=kind)
 
 
+def without_repacking() -> None:
+    """Have llama.cpp leave the weights in the order of their file."""
+    from llama_cpp import llama_cpp
+
+    defaults = llama_cpp.llama_model_default_params
+
+    def plain():  # type: ignore[no-untyped-def]
+        options = defaults()
+        options.use_extra_bufts = False
+        return options
+
+    llama_cpp.llama_model_default_params = plain
+
+
 def bandwidth() -> float:
     """Bytes a second that are read from memory, at best."""
     import torch
@@ -289,6 +305,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=CONTESTANTS)
     parser.add_argument("--llama-cpp", help="a Python interpreter with llama-cpp-python")
     parser.add_argument("--tokenizer", help="Llama 2's tokenizer.model, for llama.cpp")
+    parser.add_argument(
+        "--no-repack",
+        action="store_true",
+        help="llama.cpp multiplies by its files as they are: for virtual machines in which its\n"
+        "AMX kernels, which want them in another order, end with an illegal instruction",
+    )
     parser.add_argument("--as", dest="name", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -315,6 +337,7 @@ def measure(names: list[str], folder: str, options: argparse.Namespace) -> None:
         command = [python, __file__, options.shape, "--batch", str(options.batch)]
         command += ["--as", name, "--folder", folder]
         command += ["--threads", str(options.threads)] if options.threads else []
+        command += ["--no-repack"] * options.no_repack
         children[name] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
