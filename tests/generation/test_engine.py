@@ -23,7 +23,7 @@ def without_cache(prompt: str, limit: int, sampling=None, seed=0, model=MODEL) -
     ids, new = TOKENIZER.encode(prompt, bos=True), []
     while len(new) < limit and len(ids) + len(new) < model.config.max_seq_len:
         logits = model(torch.tensor([ids + new]))[0, -1]
-        token = sample(logits, sampling or Sampling(), generator)
+        token = sample(logits, sampling or Sampling(), generator, ids + new)
         if token == TOKENIZER.eos_id:
             return Completion(text_of(ids, new), new, "stop")
         new.append(token)
@@ -86,11 +86,9 @@ def test_greedy_is_argmax_without_a_cache(prompt):
 @given(prompt=PROMPTS, limit=st.sampled_from([1, 10, 25, 70]), seed=st.integers(0, 2**63 - 1))
 @settings(deadline=None, max_examples=8)
 def test_sampling_is_the_same_with_and_without_a_cache(prompt, limit, seed):
-    sampling = Sampling(temperature=0.8, top_k=50, top_p=0.95)
-    (completion,) = generate(
-        MODEL, TOKENIZER, prompt, limit, temperature=0.8, top_k=50, top_p=0.95, seed=seed
-    )
-    assert completion == without_cache(prompt, limit, sampling, seed)
+    how = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2}
+    (completion,) = generate(MODEL, TOKENIZER, prompt, limit, seed=seed, **how)
+    assert completion == without_cache(prompt, limit, Sampling(**how), seed)
 
 
 def test_the_end_of_the_text_is_no_part_of_it():
@@ -666,7 +664,8 @@ def test_logits_that_are_no_numbers_are_refused(value, temperature):
 @pytest.mark.parametrize("rows", [2, 3])
 def test_the_neighbours_of_a_broken_row_do_not_notice(rows):
     engine = Engine(poisoned(torch.nan), TOKENIZER, rows=rows)
-    prompts = ["Ada", [1, 40, 41, 42, 250], "Ben", "Clara"]
+    # The third takes the row of the second, and stands beside a longer text.
+    prompts = [[1, *range(30, 50)], [1, 40, 41, 42, 250], "Ada", "Ben"]
     tickets = [engine.submit(Request(prompt, 12)) for prompt in prompts]
     with pytest.raises(ValueError, match="no numbers"):
         engine.step()
