@@ -125,9 +125,16 @@ def test_byte_level_comes_back_as_the_same_file(byte_level, metadata):
 
 @pytest.mark.parametrize("pre", WORDS)
 def test_ids_are_those_of_the_definition(metadata, pre):
-    metadata = metadata | {KEY + "pre": pre}
+    # Pieces that tell the pre-tokenizers apart: of several digits, and one that no merges lead to.
+    more = {"tokens": ["12", "123", "1234", "Ġzebras"], "token_type": [1] * 4}
+    more["merges"] = ["1 2", "12 3", "123 4"]
+    metadata = metadata | {KEY + name: metadata[KEY + name] + new for name, new in more.items()}
+    metadata[KEY + "pre"] = pre
     tokenizer = Tokenizer.from_gguf(metadata)
-    assert tokenizer.encode(TEXT) == reference_ids(metadata, TEXT)
+    text = TEXT + " 12 1234 1234567 zebras"
+    assert tokenizer.encode(text) == reference_ids(metadata, text)
+    assert (603 in tokenizer.encode(" zebras")) == (pre == "llama-bpe")
+    assert (602 in tokenizer.encode("1234")) == (pre == "gpt-2")
 
     def check(text: str) -> None:
         assert tokenizer.encode(text) == reference_ids(metadata, text)
