@@ -218,7 +218,7 @@ class JsonTokenizer(Tokenizer):
             piece = config.get(wanted)
             piece = piece.get("content") if isinstance(piece, dict) else piece
             if piece is not None:
-                ends[key] = self.special_ids.get(piece, piece)
+                ends[key] = self.special_ids.get(str(piece), piece)
         if isinstance(config.get("add_bos_token"), bool):
             ends["adds_bos"] = config["add_bos_token"]
         return ends
@@ -231,7 +231,7 @@ class JsonTokenizer(Tokenizer):
                 "that comes with it beside it."
             )
         for name, i in (("bos", self.bos_id), ("eos", self.eos_id)):
-            if i not in control and (name, i) != ("bos", -1):
+            if not isinstance(i, int) or (i not in control and (name, i) != ("bos", -1)):
                 raise ValueError(
                     f"the {name}_token that is named for it, {i!r}, is none of its "
                     f"{len(control)} control pieces. Take both files from the same place."

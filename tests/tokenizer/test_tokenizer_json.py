@@ -265,6 +265,8 @@ def test_bos_is_not_made_up(tmp_path):
         ({}, "nothing says which of its pieces ends a text"),
         ({"tokenizer_config": {"eos_token": "</s>"}}, "'</s>', is none of its 3 control pieces"),
         ({"config": {"eos_token_id": 65}}, "65, is none of its 3"),
+        ({"tokenizer_config": {"eos_token": ["</s>"]}}, "is none of its 3 control pieces"),
+        ({"config": {"eos_token_id": {"a": 2}}}, "is none of its 3 control pieces"),
         ({"config": {"eos_token_id": 2, "bos_token_id": -2}}, "bos_token that is named"),
         ({"tokenizer_config": ["eos"]}, "tokenizer_config.json beside it holds no JSON object"),
         ({"generation_config": 3}, "generation_config.json beside it holds no JSON object"),
