@@ -36,8 +36,8 @@ def open_pickle(path: Path) -> dict[str, Stored]:
     anything but named tensors.
     """
     path.open().close()  # or an OSError says why not
-    mapped = zipfile.is_zipfile(path)
     try:
+        mapped = zipfile.is_zipfile(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     except Exception as error:  # whatever a damaged program does
         reason = _reason(error)

@@ -161,7 +161,12 @@ class Checkpoint:
                 f"{self.path}: the config has {self.config.n_layers} layers, but there are only "
                 f"{len(found)} tensors. They belong to different models, or files are missing."
             )
-        state = empty_llama(self.config, self.quantization).state_dict()
+        try:
+            state = empty_llama(self.config, self.quantization).state_dict()
+        except RuntimeError as error:  # a matrix of more bytes than can be counted
+            raise CheckpointError(
+                f"{self.path}: no model can have these sizes: {self.config}. They are damaged."
+            ) from error
         if self.config.tie_embeddings:
             state.pop("output.weight", None)
         needed = {name: tuple(tensor.shape) for name, tensor in state.items()}

