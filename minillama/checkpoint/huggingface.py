@@ -340,8 +340,7 @@ def _check_inside(index: Path, name: str) -> None:
     allowed = {folder}
     if folder.parent.name == "snapshots":
         allowed.add(folder.parent.parent / "blobs")
-    is_name = name not in ("", ".", "..") and Path(name).name == name
-    if not is_name or (folder / name).resolve().parent not in allowed:
+    if (folder / name).resolve().parent not in allowed:
         raise CheckpointError(
             f"{index} names the file {name!r}, which lies outside of its folder and was not "
             f"opened. Parts of a model lie beside their index."

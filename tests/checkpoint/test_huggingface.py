@@ -265,6 +265,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
         ({"rope_scaling": LINEAR}, "rope_scaling is .* stretches RoPE's positions"),
         ({"rope_parameters": LLAMA3}, "rope_parameters is .*llama3.* stretches"),
         ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "stretches"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "stretches"),
         ({"rope_parameters": "linear"}, "rope_parameters is 'linear'"),
         ({"model_type": "mistral"}, "model_type is 'mistral', but .* needs 'llama'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is"),
