@@ -129,6 +129,18 @@ def test_a_quantised_base_learns_and_is_resumed(tmp_path, base):
     assert [stats.loss for stats in run] == whole[4:]
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_in_16_bits_as_on_gpus_it_learns_as_well(tmp_path, base, quantize, checkpointing):
+    config = replace(TRAINING, steps=12, precision="bfloat16", checkpointing=checkpointing)
+    run = new_run(tmp_path / "run", base, config, quantize=quantize)
+    assert run.model.tok_embeddings.weight.dtype == torch.bfloat16
+    losses = [stats.loss for stats in run]
+    assert losses[-1] < losses[0] - 0.2
+    adapter = load_adapter(tmp_path / "run" / "adapter", run.model.config)
+    assert {low.b.dtype for low in adapter.layers.values()} == {torch.float32}
+
+
 def test_the_plan_counts_the_adapter_and_not_the_model(tmp_path, base):
     run = new_run(tmp_path / "run", base, adapter=replace(ADAPTER, targets=("wq", "output")))
     assert (run.plan.lora, run.plan.targets) == (4, ("wq",))
