@@ -28,7 +28,7 @@ from minillama.config import ADAPTABLE, LoRAConfig, TrainingConfig
 from minillama.data.packing import Batch
 from minillama.generation.decoder import Decoder
 from minillama.model import Llama
-from minillama.plan import LINEARS, TrainingPlan, block_activations, lora_parameters
+from minillama.plan import LINEARS, TrainingPlan, lora_parameters
 from minillama.training import make_optimizer, train_step
 from minillama.training.checkpointing import checkpoint_activations
 from minillama.training.loss import batch_loss
@@ -42,7 +42,7 @@ def trained(config=None, lora: LoRAConfig = ALL, seed: int = 0) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     adapter = new_adapter(config or small_config(), lora, generator)
     for low in adapter.layers.values():
-        low.b.normal_(0, 0.3, generator=generator)
+        low.b.normal_(0, 0.1, generator=generator)
     return adapter
 
 
@@ -454,30 +454,6 @@ def test_there_are_as_many_numbers_as_the_plan_says(rank, targets):
     assert numbers == lora_parameters(model.config, rank, targets)
     shapes = target_shapes(model.config, targets)
     assert numbers == rank * sum(map(sum, shapes.values()))
-
-
-def saved_bytes(model: Llama) -> int:
-    """Bytes that autograd saves in the forward pass, parameters left out."""
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved = {}
-
-    def keep(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.hidden(TOKENS)
-    storages = {key: tensor.untyped_storage() for key, tensor in saved.items() if key not in known}
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-@pytest.mark.parametrize("targets", [("wq", "wv"), ("wo", "w2"), ("w1",), LINEARS])
-def test_a_block_keeps_the_activations_that_the_plan_says(targets):
-    lora = LoRAConfig(rank=4, targets=targets)
-    two, three = (saved_bytes(adapted(lora, n_layers=n)) for n in (2, 3))
-    config = small_config()
-    kept = sum(block_activations(config, "float32", 4, targets).values())
-    assert three - two == TOKENS.numel() * kept + 8 * config.head_dim * TOKENS.shape[1]
 
 
 def test_weights_gradients_and_moments_are_those_of_the_plan():

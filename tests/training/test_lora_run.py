@@ -70,7 +70,7 @@ def test_it_learns_and_leaves_an_adapter_that_gives_the_same_logits(tmp_path, ba
     assert bytes_of(base) == before
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+@pytest.mark.parametrize("stop", [1, 4, 5])
 def test_a_run_that_was_cut_off_ends_with_the_same_bytes_with_dropout_too(tmp_path, base, stop):
     losses = [stats.loss for stats in new_run(tmp_path / "whole", base)]
     cut = iter(new_run(tmp_path / "cut", base))
@@ -129,8 +129,7 @@ def test_a_quantised_base_learns_and_is_resumed(tmp_path, base):
     assert [stats.loss for stats in run] == whole[4:]
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+@pytest.mark.parametrize(("quantize", "checkpointing"), [(None, "none"), ("nf4", "selective")])
 def test_in_16_bits_as_on_gpus_it_learns_as_well(tmp_path, base, quantize, checkpointing):
     config = replace(TRAINING, steps=12, precision="bfloat16", checkpointing=checkpointing)
     run = new_run(tmp_path / "run", base, config, quantize=quantize)
