@@ -362,7 +362,7 @@ class NF4Linear(QuantizedLinear):
         last = -(-rows.stop * self.in_features // NF4_BLOCK)
         return slice(first, last), slice(first * NF4_BLOCK // 2, last * NF4_BLOCK // 2)
 
-    def _absmax(self, blocks: slice) -> Float[Tensor, " some_blocks"]:
+    def _absmax(self, blocks: slice) -> Float[Tensor, " n"]:
         constants = torch.arange(blocks.start, blocks.stop, device=self.absmax.device) // CONSTANTS
         return self.absmax[blocks] * self.absmax_scale[constants] + self.absmax_mean
 
@@ -508,7 +508,7 @@ _PAIRS = {
 _PLACES: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
-def _nf4_pairs(device: torch.device) -> Int[Tensor, " bytes"]:
+def _nf4_pairs(device: torch.device) -> Int[Tensor, " n"]:
     """For every byte the two levels that it stands for, as one number of 64 bits."""
     if device not in _PAIRS:
         _PAIRS[device] = _PAIRS[torch.device("cpu")].to(device)
@@ -567,7 +567,7 @@ def _inner_tiles(half: int) -> int:
     return next(n for n in (8, 4, 2) if 2 * half % (16 * n) == 0)
 
 
-def _as_tiles(codes: UInt8[Tensor, "d_out half"]) -> Int[Tensor, "a b c d"]:
+def _as_tiles(codes: UInt8[Tensor, "d_out half"]) -> Int[Tensor, "..."]:
     """The GPU's codes in the shape in which its kernel takes them."""
     n = _inner_tiles(codes.shape[1])
     return codes.view(torch.int32).view(len(codes) // 8, -1, 32, n // 2)

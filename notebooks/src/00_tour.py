@@ -474,6 +474,7 @@ print("exercise 3: correct")
 # | [8 · pretraining](08_pretraining.ipynb) | a run that survives | `training/` | LLaMA, 2.3 |
 # | [9 · generation](09_generation.ipynb) | from probabilities to text | `generation/` | |
 # | [16 · real weights](16_real_weights.ipynb) | any box, opened | `checkpoint/` | Llama 2, 5.3 |
+# | [17 · quantization](17_quantization.ipynb) | weights of few bits | `adapt/quantize.py` | |
 # | [18 · LoRA](18_lora.ipynb) | small changes of large matrices | `adapt/lora.py` | |
 # | [19 · many processes](19_distributed.ipynb) | one model, shared | `training/` | LLaMA, 2.4 |
 #
@@ -483,7 +484,6 @@ print("exercise 3: correct")
 # |---|---|---|
 # | 10 to 13 | chat: dialogues, Ghost Attention, a reward model, RLHF | Llama 2, 3 |
 # | 14, 15 | evaluation; bias and safety | LLaMA, 3 and 5; Llama 2, 4 |
-# | 17 | quantisation | LLaMA, 2.4 |
 # | 20 to 22 | Code Llama, Japanese, energy | LLaMA, 6 |
 #
 # So a model that *answers* isn't part of this tour yet. What you have trained continues texts;
