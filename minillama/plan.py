@@ -141,7 +141,7 @@ def block_activations(
     inputs      5sd              what wq, wk, wv, w1, w3 read: under autocast each casts its own
                 2sd              in float32 they share it
     attention   s(d + 2k) + 4h   the turned q and k, v; the logarithms of the softmax's sums
-                2sd              attention's output, as it comes and as wo reads it
+                sd               attention's output, which wo reads as it is
     gate        4sf              w1 x, silu(w1 x), w3 x, and their product
 
     A frozen weight needs no gradient, so its input is not kept unless an adapter reads it: LoRA
@@ -158,16 +158,16 @@ def block_activations(
     if lora:
         normalised = 0
         inputs = sum(any(name in targets for name in group) for group in groups)
-        read_by_wo, read_by_w2 = "wo" in targets, "w2" in targets
+        read_by_w2 = "w2" in targets
     else:
         normalised = 2
         inputs = 2 if dtype == "float32" else 5
-        read_by_wo = read_by_w2 = True
+        read_by_w2 = True
     kept = {
         "stream": 2 * 4 * dim,
         "norms": 2 * 4 + normalised * 4 * dim,
         "inputs": tensor_parallel * inputs * size * dim,
-        "attention": size * (2 * dim + 2 * kv_dim + read_by_wo * dim) + 4 * config.n_heads,
+        "attention": size * (2 * dim + 2 * kv_dim) + 4 * config.n_heads,
         "gate": size * (3 + read_by_w2) * hidden_dim,
         "adapters": size * lora * len(targets),
     }
