@@ -63,7 +63,8 @@ class Llama(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self._init_weights(generator, init_std)
+        if not self.output.weight.is_meta:  # else there is nothing to draw into yet
+            self._init_weights(generator, init_std)
 
     def forward(
         self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None
