@@ -54,7 +54,12 @@ class Engine:
         n_draft: int = 4,
         compile: bool = False,
     ) -> None:
-        numbers = {"rows": rows, "prefill_chunk": prefill_chunk, "max_len": max_len}
+        numbers = {
+            "rows": rows,
+            "prefill_chunk": prefill_chunk,
+            "n_draft": n_draft,
+            "max_len": max_len,
+        }
         for name, number in numbers.items():
             if number is not None and number < 1:
                 raise ValueError(f"{name} is {number}, but must be at least 1.")
@@ -67,10 +72,10 @@ class Engine:
                 )
         context = min(each.config.max_seq_len for each in models)
         self.context = context if max_len is None else min(max_len, context)
-        if draft is not None and not 1 <= n_draft < self.context:
+        if draft is not None and n_draft >= self.context:
             raise ValueError(
-                f"n_draft is {n_draft}, but must be at least 1 and less than the {self.context} "
-                f"tokens of the context. 4 is a good number."
+                f"n_draft is {n_draft}, but must be less than the {self.context} tokens of the "
+                f"context. 4 is a good number."
             )
         self.tokenizer = tokenizer
         self.prefill_chunk = prefill_chunk
@@ -119,10 +124,12 @@ class Engine:
         advanced += first_tokens
         failed = sum(ticket.finish_reason == "error" for ticket in advanced)
         if failed:
+            whose = "model's or the draft model's" if draft else "model's"
             raise ValueError(
-                f"The model's logits are no numbers (NaN or infinity) in {failed} of "
-                f"{len(advanced)} rows, so no token can be drawn. Its weights are damaged, or too "
-                f"large for float16: load them with dtype=torch.float32."
+                f"The {whose} logits are no numbers (NaN or infinity) in {failed} of "
+                f"{len(advanced)} rows, so no token can be drawn. Its weights are damaged: "
+                f"`minillama verify PATH` checks them. Or they are too large for float16: load "
+                f"them with dtype=torch.float32 (--dtype float32)."
             )
         return advanced
 
@@ -329,4 +336,5 @@ def _engine_for(
     """An engine with no more room than these requests can use."""
     rows = min(rows, len(requests))
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-    return Engine(model, tokenizer, rows, 512, longest + n_draft, draft, n_draft, compile)
+    room = longest + n_draft if draft else longest
+    return Engine(model, tokenizer, rows, 512, room, draft, n_draft, compile)

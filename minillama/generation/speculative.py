@@ -20,6 +20,8 @@ def speculate(target: Decoder, draft: Decoder, tickets: Sequence[Ticket], n_draf
     At temperature 0 the text is the one that the target writes alone; above, it has the same
     distribution. How good the draft is decides the speed and nothing else.
 
+    A row whose logits, the draft's or the target's, are no numbers ends with "error".
+
     Source: Leviathan et al. 2023, algorithm 1 (arXiv:2211.17192); Chen et al. 2023, algorithm 2
     (arXiv:2302.01318). Built in notebooks/09_generation.ipynb.
     """
@@ -29,6 +31,8 @@ def speculate(target: Decoder, draft: Decoder, tickets: Sequence[Ticket], n_draf
     texts = [ticket.ids + ids for ticket, ids in zip(tickets, proposals, strict=True)]
     logits = _read(target, texts, max(counts) + 1)
     for row, ticket in enumerate(tickets):
+        if ticket.finish_reason is not None:  # the draft's logits are no numbers
+            continue
         behind = logits[row, -counts[row] - 1 :]  # the newest token, and behind each proposal
         if not are_numbers(behind).all():
             ticket.end("error")
@@ -90,10 +94,14 @@ def _propose(
         texts = [ticket.ids + ids for ticket, ids in zip(tickets, proposals, strict=True)]
         unread = max(len(text) - n for text, n in zip(texts, draft.lengths, strict=False))
         logits = _read(draft, texts, unread)[:, -1]
-        if not are_numbers(logits).all():
-            raise ValueError("The draft model's logits are no numbers (NaN or infinity).")
+        usable = are_numbers(logits).tolist()
         for row, ticket in enumerate(tickets):
             if step >= counts[row]:
+                continue
+            if not usable[row]:
+                ticket.end("error")
+            if ticket.finish_reason is not None:
+                proposals[row].append(0)  # the rows beside it go on: any token will do
                 continue
             sampling = ticket.request.sampling
             if sampling.temperature == 0:

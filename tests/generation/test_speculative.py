@@ -243,10 +243,17 @@ def test_a_draft_of_another_tokenizer():
         generate(MODEL, TOKENIZER, "Ada", draft=draft)
 
 
-@pytest.mark.parametrize("n_draft", [0, 64])
-def test_a_number_of_proposals_that_cannot_be(n_draft):
-    with pytest.raises(ValueError, match=rf"n_draft is {n_draft}, but must be at least 1 and less"):
-        generate(MODEL, TOKENIZER, "Ada", draft=MODEL, n_draft=n_draft)
+@pytest.mark.parametrize("draft", [MODEL, None])
+@pytest.mark.parametrize("n_draft", [0, -1, -1000])
+def test_a_number_of_proposals_below_one(n_draft, draft):
+    with pytest.raises(ValueError, match=rf"n_draft is {n_draft}, but must be at least 1"):
+        generate(MODEL, TOKENIZER, "Ada", 12, draft=draft, n_draft=n_draft)
+
+
+def test_more_proposals_than_the_context_holds():
+    with pytest.raises(ValueError, match="n_draft is 64, but must be less than the 64 tokens"):
+        generate(MODEL, TOKENIZER, "Ada", draft=MODEL, n_draft=64)
+    assert generate(MODEL, TOKENIZER, "Ada", 3, n_draft=64) == generate(MODEL, TOKENIZER, "Ada", 3)
 
 
 def test_the_context_is_the_smaller_one():
@@ -262,6 +269,26 @@ def test_a_draft_whose_logits_are_no_numbers(temperature):
     draft.norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match="draft model's logits are no numbers"):
         generate(MODEL, TOKENIZER, "Ada", temperature=temperature, draft=draft)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_broken_draft_ends_the_rows_that_need_it_and_no_others(temperature):
+    draft = related(0.03)
+    draft.tok_embeddings.weight[250] = torch.nan
+    engine = Engine(MODEL, TOKENIZER, rows=2, draft=draft)
+    sampling = Sampling(temperature=temperature)
+    prompts = [[1, 30, 250], "Ada", "Ben"]  # the third takes the row of the first
+    tickets = [engine.submit(Request(prompt, 12, sampling, 0)) for prompt in prompts]
+    engine.step()
+    with pytest.raises(ValueError, match="in 1 of 3 rows.*minillama verify PATH"):
+        engine.step()
+    while engine.busy:
+        engine.step()
+    assert tickets[0].finish_reason == "error"
+    for ticket, prompt in zip(tickets[1:], prompts[1:], strict=True):
+        settings = {"temperature": temperature, "seed": 0}
+        (alone,) = generate(MODEL, TOKENIZER, prompt, 12, draft=related(0.03), **settings)
+        assert ticket.token_ids == alone.token_ids
 
 
 def test_a_target_whose_logits_are_no_numbers_ends_its_row_alone():
