@@ -6,7 +6,7 @@
 
 The tables are milliseconds for one product of so many rows, the best of many (the machine may be
 shared), with one thread: through the layer's kernel, and by restoring a few rows of the matrix at a
-time. `KERNEL_ROWS` of adapt/quantize.py lies where the two meet. The second line is what an older
+time. `kernel_rows` in adapt/quantize.py lies where the two meet. The second line is what an older
 processor does. On a machine with CUDA, --device cuda measures there.
 
 --loss prints bits a weight, bytes, seconds to load, and the loss on a text's first 4,096 tokens.
@@ -23,7 +23,6 @@ from torch.nn.functional import linear
 
 from minillama import load
 from minillama.adapt.quantize import (
-    KERNEL_ROWS,
     KINDS,
     QuantizedLinear,
     dequantized_product,
@@ -50,7 +49,7 @@ def best_of(function: Callable[[], object], device: str, seconds: float = 0.3) -
 
 @torch.inference_mode()
 def products(device: str) -> None:
-    print(f"{torch.backends.cpu.get_cpu_capability()}, KERNEL_ROWS = {KERNEL_ROWS}")
+    print(torch.backends.cpu.get_cpu_capability())
     for d_out, d_in in SHAPES:
         weight = 0.02 * torch.randn(d_out, d_in, device=device)
         layers = {kind: quantize_linear(weight, kind) for kind in KINDS}

@@ -23,9 +23,6 @@ KINDS = ("int8", "int4", "nf4")
 GROUP = 32  # neighbouring weights of a row that share a scale in int4
 NF4_BLOCK = 64  # neighbouring weights that share one in NF4
 CONSTANTS = 256  # NF4's scales that share a scale of their own
-# Up to so many rows of x, a kernel that reads few bits is faster than dequantising and multiplying.
-# Measured with benchmarks/quantization.py: they meet between 20 and 100, on AVX2 and AVX-512 alike.
-KERNEL_ROWS = 64
 _ROWS_AT_ONCE = 64  # a multiple of this many rows of a matrix is dequantised at a time,
 _NUMBERS_AT_ONCE = 2**19  # and about as many numbers: they stay in the cache
 _TINY = torch.finfo(torch.float32).tiny
@@ -138,6 +135,9 @@ class QuantizedLinear(nn.Module):
     """
 
     kind: str
+    # Up to so many rows of x the kernel is faster. Measured with benchmarks/quantization.py: the two
+    # meet at 30 to 60 rows with AVX2 and 50 to 130 with AVX-512.
+    kernel_rows = 64
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         if x.requires_grad and torch.is_grad_enabled():
             return _ProductWithGradient.apply(x, self)
-        if x.numel() <= KERNEL_ROWS * self.in_features and self._has_kernel():
+        if x.numel() <= self.kernel_rows * self.in_features and self._has_kernel():
             product = self._product(x.reshape(-1, self.in_features))
             return product.view(*x.shape[:-1], self.out_features)
         return dequantized_product(x, self)
@@ -240,6 +240,7 @@ class Int4Linear(QuantizedLinear):
     """
 
     kind = "int4"
+    kernel_rows = 96  # 75 with AVX2, 200 with AVX-512
     codes: UInt8[Tensor, "d_out half"]
     scale_and_zero: Float[Tensor, "groups d_out 2"]
 

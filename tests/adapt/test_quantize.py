@@ -17,8 +17,8 @@ from torch.testing import assert_close
 
 from minillama import Llama, generate, load, save
 from minillama.adapt.quantize import (
-    KERNEL_ROWS,
     KINDS,
+    Int4Linear,
     NF4Linear,
     absmax_int8,
     block_nf4,
@@ -38,6 +38,7 @@ from minillama.data.packing import Batch
 from minillama.plan import InferencePlan, quantized_bytes
 from minillama.training import evaluate
 
+MANY_ROWS = Int4Linear.kernel_rows + 1  # no kernel takes so many
 # d_out, d_in: shapes that all kernels have, and such that groups, blocks or kernels do not divide.
 REGULAR = [(64, 64), (192, 576), (288, 256), (80, 32)]
 ODD = [(48, 172), (5, 7), (1, 1), (130, 33)]
@@ -195,15 +196,15 @@ def test_few_rows_go_through_a_kernel_and_many_do_not(kind):
         return torch.equal(product, product.bfloat16().float())
 
     assert in_bfloat16(1)
-    assert in_bfloat16(KERNEL_ROWS)
-    assert not in_bfloat16(KERNEL_ROWS + 1)
+    assert in_bfloat16(layer.kernel_rows)
+    assert not in_bfloat16(layer.kernel_rows + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_product_has_the_dtype_of_x(kind, dtype):
     layer = quantize_linear(random_weight(64, 64), kind)
-    for n_rows in (1, KERNEL_ROWS + 1):
+    for n_rows in (1, MANY_ROWS):
         x = random_input(n_rows, 64).to(dtype)
         assert layer(x).dtype == dtype
         expected = linear(x.float(), layer.dequantized())
@@ -244,13 +245,13 @@ def test_a_matrix_of_many_blocks_of_rows_is_one_matrix(kind, monkeypatch):
     assert len(list(other.row_blocks(torch.float32))) == 5
     for name, buffer in other.state_dict().items():
         assert torch.equal(buffer, layer.state_dict()[name]), name
-    x = random_input(KERNEL_ROWS + 1, 96)
+    x = random_input(MANY_ROWS, 96)
     assert_close(other(x), layer(x))
     assert torch.equal(other(x[:2]), layer(x[:2]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n_rows", [1, 2, KERNEL_ROWS + 1])
+@pytest.mark.parametrize("n_rows", [1, 2, MANY_ROWS])
 def test_the_gradient_of_the_input_is_that_of_the_dequantised_matrix(kind, n_rows):
     layer = quantize_linear(random_weight(48, 172), kind)
     x, upstream = random_input(2, n_rows, 172), random_input(2, n_rows, 48)
