@@ -114,21 +114,21 @@ def test_a_name_that_is_not_known_suggests_another(site):
 @pytest.mark.parametrize(
     ("platform", "variables", "expected"),
     [
-        ("linux", {}, "/home/ada/.cache/minillama"),
+        ("linux", {}, "HOME/.cache/minillama"),
         ("linux", {"XDG_CACHE_HOME": "/big"}, "/big/minillama"),
         ("linux", {"XDG_CACHE_HOME": "/big", "MINILLAMA_CACHE": "/mine"}, "/mine"),
-        ("darwin", {"XDG_CACHE_HOME": "/big"}, "/home/ada/Library/Caches/minillama"),
-        ("win32", {}, "/home/ada/AppData/Local/minillama"),
+        ("darwin", {"XDG_CACHE_HOME": "/big"}, "HOME/Library/Caches/minillama"),
+        ("win32", {}, "HOME/AppData/Local/minillama"),
         ("win32", {"LOCALAPPDATA": "/local"}, "/local/minillama"),
     ],
 )
-def test_where_the_cache_lies(platform, variables, expected, monkeypatch):
+def test_where_the_cache_lies(platform, variables, expected, monkeypatch, tmp_path):
     for name in ("MINILLAMA_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/ada", **variables}.items():
+    for name, value in {"HOME": str(tmp_path), **variables}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", platform)
-    assert cache_folder() == Path(expected)
+    assert cache_folder() == Path(expected.replace("HOME", str(tmp_path)))
 
 
 # --- Cut off -------------------------------------------------------------------------------------
