@@ -105,6 +105,12 @@ def pairs_from_halves(
     return rearrange(weight, pattern, heads=n_heads, two=2)
 
 
+def heads_of(name: str, config: LlamaConfig) -> int | None:
+    """By how many heads the rows of one of our matrices are reordered; None if they are not."""
+    n_heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
+    return n_heads.get(name.removesuffix(".weight").rpartition(".")[2])
+
+
 def huggingface_name(name: str) -> str:
     """The name of one of our parameters in LlamaForCausalLM's state dict."""
     stem = name.removesuffix(".weight")
@@ -129,13 +135,10 @@ def our_name(theirs: str) -> str | None:
 
 def to_huggingface(state: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
     """A state dict of ours as LlamaForCausalLM's: renamed, wq and wk reordered."""
-    n_heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
     renamed = {}
     for name, weight in state.items():
-        kind = name.split(".")[-2]
-        if kind in n_heads:
-            weight = halves_from_pairs(weight, n_heads[kind])
-        renamed[huggingface_name(name)] = weight
+        heads = heads_of(name, config)
+        renamed[huggingface_name(name)] = halves_from_pairs(weight, heads) if heads else weight
     return renamed
 
 
@@ -351,7 +354,7 @@ def _reordered(
     name: str, stored: Stored, config: LlamaConfig, reorder: Callable[..., Tensor]
 ) -> Stored:
     """wq and wk with their rows in another order, each by its own number of heads."""
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
+    heads = heads_of(name, config)
     if heads is None:
         return stored
     if stored.shape != (heads * config.head_dim, config.dim):

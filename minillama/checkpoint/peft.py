@@ -28,6 +28,7 @@ from minillama.checkpoint.folder import (
 )
 from minillama.checkpoint.huggingface import (
     halves_from_pairs,
+    heads_of,
     huggingface_name,
     our_name,
     pairs_from_halves,
@@ -289,7 +290,7 @@ def _reordered(
     name: str, b: Float[Tensor, "d_out rank"], config: LlamaConfig, reorder: Callable[..., Tensor]
 ) -> Float[Tensor, "d_out rank"]:
     """B with its rows in the order of the matrix that it changes."""
-    n_heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.rpartition(".")[2])
+    n_heads = heads_of(name, config)
     return b if n_heads is None else reorder(b, n_heads=n_heads).contiguous()
 
 
