@@ -33,9 +33,14 @@ def test_the_public_names():
         ("save", "folder model tokenizer format options"),
         (
             "generate",
-            "model tokenizer prompts max_new_tokens temperature top_k top_p seed stop logprobs",
+            "model tokenizer prompts max_new_tokens temperature top_k top_p seed stop logprobs "
+            "min_p repetition_penalty draft n_draft rows compile",
         ),
-        ("stream", "model tokenizer prompt max_new_tokens temperature top_k top_p seed stop"),
+        (
+            "stream",
+            "model tokenizer prompt max_new_tokens temperature top_k top_p seed stop "
+            "min_p repetition_penalty draft n_draft compile",
+        ),
     ],
 )
 def test_the_parameters_in_their_order(name, parameters):
