@@ -8,6 +8,8 @@ import difflib
 import math
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
+from operator import index
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -143,6 +145,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no config {path}.") from None
     except ValueError as error:  # not UTF-8, or not TOML
         raise ValueError(f"{path} is no TOML file: {error}") from None
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raises ValueError unless this is a whole number: an int, or what NumPy has for one."""
+    try:
+        index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number.") from None
 
 
 def known_name(kind: str, name: str, names: Any) -> str:
@@ -389,6 +399,12 @@ class Sampling:
     repetition_penalty: float = 1.0  # divides the logits of tokens that were there; 1 is none
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not (isinstance(value, Real) or (value is None and name in ("top_p", "min_p"))):
+                raise ValueError(f"{name} is {value!r}, but must be a number.")
+        if self.top_k is not None:
+            check_whole("top_k", self.top_k)
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(
                 f"temperature is {self.temperature}, but must be at least 0: 0 takes the likeliest "

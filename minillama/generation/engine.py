@@ -1,7 +1,7 @@
 """The engine: requests of any kind share the rows of a batch; each gets what it would alone."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
@@ -11,7 +11,14 @@ from torch import Tensor
 from minillama.config import Sampling
 from minillama.generation.compiled import CompiledDecoder
 from minillama.generation.decoder import Decoder
-from minillama.generation.request import Completion, Request, Ticket, prompt_ids
+from minillama.generation.request import (
+    Completion,
+    Prompt,
+    Request,
+    Ticket,
+    each_prompt,
+    prompt_ids,
+)
 from minillama.generation.sampling import are_numbers, sample
 from minillama.generation.speculative import speculate
 from minillama.model import Llama
@@ -19,7 +26,6 @@ from minillama.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Each: TypeAlias = T | Sequence[T]  # a setting: one value for all prompts, or one for each
-Prompt: TypeAlias = str | Sequence[int]  # a text, or token ids that are taken as they are
 
 
 class Engine:
@@ -200,7 +206,7 @@ def _take(tickets: Sequence[Ticket], logits: Float[Tensor, "batch vocab"]) -> No
 def generate(
     model: Llama,
     tokenizer: Tokenizer,
-    prompts: Prompt | Sequence[Prompt],
+    prompts: Prompt | Iterable[Prompt],
     max_new_tokens: Each[int] = 200,
     temperature: Each[float] = 0.0,
     top_k: Each[int | None] = None,
@@ -217,11 +223,11 @@ def generate(
 ) -> list[Completion]:
     """Continue each prompt; an empty one starts from BOS alone.
 
-    A prompt is a text, or token ids that are taken as they are. A completion depends on its own
-    prompt and settings and never on its neighbours: prompts of any lengths can share a call, and
-    a setting is one value for all or a list with one for each. One `seed` serves every prompt; to
-    sample one prompt several times, give a seed for each. None draws fresh ones. A completion also
-    ends, with reason "length", where the model's context is full.
+    A prompt is a text, or token ids (a list or 1-D tensor) that are taken as they are. A completion
+    depends on its own prompt and settings and never on its neighbours: prompts of any lengths can
+    share a call, and a setting is one value for all or a list with one for each. One `seed` serves
+    every prompt; to sample one prompt several times, give a seed for each. None draws fresh ones. A
+    completion also ends, with reason "length", where the model's context is full.
 
     `rows` prompts are computed at a time; the others wait for a row to become free. A small `draft`
     model that proposes `n_draft` tokens at a time makes a large one faster (see `speculate`).
@@ -231,8 +237,7 @@ def generate(
     model, for settings that mean nothing, and for logits that are no numbers.
     Built in notebooks/09_generation.ipynb.
     """
-    one = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int))
-    texts = cast(list[Prompt], [prompts] if one else list(prompts))
+    texts = each_prompt(prompts)
     if isinstance(stop, str) or all(isinstance(string, str) for string in stop):
         stop = [cast(Sequence[str], stop)] * len(texts)
     settings: dict[str, Any] = {
@@ -247,7 +252,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }
     for name, values in settings.items():
-        if not isinstance(values, Sequence):
+        if isinstance(values, str) or not isinstance(values, Sequence):
             settings[name] = [values] * len(texts)
         elif len(values) != len(texts):
             raise ValueError(

@@ -1,19 +1,22 @@
 """What is asked of an engine, what comes back, and what lies between: a ticket."""
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Literal
+from typing import Any, Literal, SupportsIndex, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minillama.config import Sampling
+from minillama.config import Sampling, check_whole
 from minillama.generation.stop import StopFilter
 from minillama.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+# A text, or token ids that are taken as they are: a list of whole numbers, or a 1-D tensor.
+Prompt: TypeAlias = str | Sequence[SupportsIndex] | Tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Request:
     Raises ValueError for settings that mean nothing.
     """
 
-    prompt: str | Sequence[int]  # text, or token ids that are taken as they are
+    prompt: Prompt
     max_new_tokens: int = 200
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
@@ -42,10 +45,13 @@ class Request:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        check_whole("max_new_tokens", self.max_new_tokens)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1.")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}, but must be at least 0 and below 2**63.")
+        if self.seed is not None:
+            check_whole("seed", self.seed)
+            if not 0 <= self.seed < 2**63:
+                raise ValueError(f"seed is {self.seed}, but must be at least 0 and below 2**63.")
         StopFilter(self.stop)  # refuses empty strings
 
 
@@ -71,7 +77,7 @@ class Ticket:
         if request.seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed(request.seed)
+            self.generator.manual_seed(index(request.seed))
         self.finish_reason: FinishReason | None = None
         self.logprobs: list[float] = []
         self.n_proposed = self.n_accepted = 0  # tokens of a draft model
@@ -126,15 +132,33 @@ class Ticket:
         self.finish_reason = "stop" if self._stop.stopped else reason
 
 
-def prompt_ids(prompt: str | Sequence[int], tokenizer: Tokenizer) -> list[int]:
+def each_prompt(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list. What begins with a whole number is the ids of one."""
+    prompts = _plain(prompts)
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"The prompts are {prompts!r}, but must be a text, token ids, or a list.")
+    each = [_plain(prompt) for prompt in prompts]
+    return [cast(Prompt, each)] if each and hasattr(each[0], "__index__") else each
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     """The ids of a prompt: those of a text start with BOS, if this model's texts do.
 
-    An empty text is BOS alone. Raises ValueError for no ids, and for ids outside the vocabulary.
+    An empty text is BOS alone. Raises ValueError for no ids, for what is none, and for ids outside
+    the vocabulary.
     """
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos or not prompt)
     else:
-        ids = [index(token) for token in prompt]
+        try:
+            ids = [index(token) for token in _plain(prompt)]
+        except TypeError:
+            raise ValueError(
+                f"A prompt is {reprlib.repr(_plain(prompt))}, but must be a text, or token ids: "
+                f"whole numbers in one list."
+            ) from None
     if not ids:
         raise ValueError(
             f"The prompt has no token, but a model needs one to go on from: [{tokenizer.bos_id}] "
@@ -147,3 +171,8 @@ def prompt_ids(prompt: str | Sequence[int], tokenizer: Tokenizer) -> list[int]:
             f"{tokenizer.vocab_size - 1}. Was it encoded with the tokenizer of another model?"
         )
     return ids
+
+
+def _plain(value: Any) -> Any:
+    """A tensor or array as lists of Python's numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value

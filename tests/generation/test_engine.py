@@ -192,6 +192,12 @@ def test_as_many_values_as_prompts(name):
         generate(MODEL, TOKENIZER, ["a", "b"], **{name: [value] * 3})
 
 
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_string_is_no_list_of_values():
+    with pytest.raises(ValueError, match=r"temperature is '0\.5', but must be a number"):
+        generate(MODEL, TOKENIZER, ["a", "b"], temperature="0.5")
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_more_prompts_than_rows_wait_for_one(rows):
     prompts = [*NAMES, "", "x" * 30]
@@ -210,6 +216,27 @@ def test_a_prompt_may_be_token_ids():
     assert "".join(stream(MODEL, TOKENIZER, ids, 8)) == of_text[0].text
 
 
+def test_ids_come_in_any_kind_of_list():
+    ids = TOKENIZER.encode("Ada had", bos=True)
+    of_text = generate(MODEL, TOKENIZER, "Ada had", 8)
+    tensor = torch.tensor(ids)
+    assert generate(MODEL, TOKENIZER, tensor, 8) == of_text
+    assert generate(MODEL, TOKENIZER, list(tensor), 8) == of_text
+    assert generate(MODEL, TOKENIZER, list(tensor.numpy()), 8) == of_text
+    assert generate(MODEL, TOKENIZER, tensor.repeat(2, 1), 8) == of_text * 2
+    assert generate(MODEL, TOKENIZER, [tensor, "Ada had"], 8) == of_text * 2
+    assert "".join(stream(MODEL, TOKENIZER, tensor, 8)) == of_text[0].text
+    engine = Engine(MODEL, TOKENIZER)
+    assert engine.submit(Request(tensor)).ids == ids
+
+
+def test_prompts_come_from_anything_that_gives_them():
+    prompts = ["Ada", "Ben had"]
+    expected = generate(MODEL, TOKENIZER, prompts, [3, 8])
+    assert generate(MODEL, TOKENIZER, (prompt for prompt in prompts), [3, 8]) == expected
+    assert generate(MODEL, TOKENIZER, dict.fromkeys(prompts), [3, 8]) == expected
+
+
 def test_ids_are_taken_as_they_are():
     without_bos = TOKENIZER.encode("Ada")
     (completion,) = generate(MODEL, TOKENIZER, without_bos, 1, logprobs=True)
@@ -224,8 +251,13 @@ def test_ids_are_taken_as_they_are():
         ([1, 300], "prompt has the token id 300, but the vocabulary has the ids 0 to 299"),
         ([1, -1], "prompt has the token id -1"),
         ([5] * 64, "prompt has 64 tokens"),
+        (torch.tensor([1.5, 2.0]), r"prompt is 1\.5, but must be a text, or token ids"),
+        (torch.ones(1, 1, 2).int(), r"prompt is \[\[1, 1\]\], but must be a text, or token ids"),
+        (torch.tensor(3), "prompts are 3, but must be a text, token ids, or a list"),
+        ([1, "Ada"], r"prompt is \[1, 'Ada'\], but must be a text, or token ids"),
     ],
 )
+@pytest.mark.usefixtures("as_users_run_it")
 def test_ids_that_cannot_be_read(prompt, message):
     with pytest.raises(ValueError, match=message):
         generate(MODEL, TOKENIZER, prompt)

@@ -70,10 +70,13 @@ def test_bytes_that_spell_nothing_are_told_at_the_end(n):
     ("settings", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0, but must be at least 1"),
+        ({"max_new_tokens": 5.5}, r"max_new_tokens is 5\.5, but must be a whole number"),
         ({"seed": -1}, "seed is -1, but must be at least 0"),
+        ({"seed": 1.5}, r"seed is 1\.5, but must be a whole number"),
         ({"stop": ["a", ""]}, "stop string is empty"),
     ],
 )
+@pytest.mark.usefixtures("as_users_run_it")
 def test_a_request_that_means_nothing(settings, message):
     with pytest.raises(ValueError, match=message):
         Request("Ada", **settings)

@@ -295,6 +295,9 @@ def test_the_seed_decides():
         ({"temperature": math.inf}, "temperature is inf"),
         ({"top_k": 0}, "top_k is 0, but must be at least 1: .* Leave it out to keep all"),
         ({"top_k": -5}, "top_k is -5"),
+        ({"top_k": 2.5}, r"top_k is 2\.5, but must be a whole number"),
+        ({"temperature": "0.5"}, r"temperature is '0\.5', but must be a number"),
+        ({"min_p": "much"}, "min_p is 'much', but must be a number"),
         ({"top_p": -0.1}, r"top_p is -0\.1, but must be within \[0, 1\]"),
         ({"top_p": 1.1}, r"top_p is 1\.1, .* a probability, not a percentage"),
         ({"top_p": 90}, "top_p is 90"),
@@ -305,6 +308,7 @@ def test_the_seed_decides():
         ({"repetition_penalty": math.nan}, "repetition_penalty is nan"),
     ],
 )
+@pytest.mark.usefixtures("as_users_run_it")
 def test_settings_that_mean_nothing(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)

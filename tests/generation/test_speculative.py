@@ -280,7 +280,7 @@ def test_a_broken_draft_ends_the_rows_that_need_it_and_no_others(temperature):
     prompts = [[1, 30, 250], "Ada", "Ben"]  # the third takes the row of the first
     tickets = [engine.submit(Request(prompt, 12, sampling, 0)) for prompt in prompts]
     engine.step()
-    with pytest.raises(ValueError, match="in 1 of 3 rows.*minillama verify PATH"):
+    with pytest.raises(ValueError, match=r"in 1 of 3 rows.*minillama verify PATH"):
         engine.step()
     while engine.busy:
         engine.step()
