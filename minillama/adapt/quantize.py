@@ -135,8 +135,8 @@ class QuantizedLinear(nn.Module):
     """
 
     kind: str
-    # Up to so many rows of x the kernel is faster. Measured with benchmarks/quantization.py: the two
-    # meet at 30 to 60 rows with AVX2 and 50 to 130 with AVX-512.
+    # Up to so many rows of x the kernel is faster. Measured with benchmarks/quantization.py: both
+    # take equally long at 30 to 60 rows with AVX2, and at 50 to 130 with AVX-512.
     kernel_rows = 64
 
     def __init__(self, in_features: int, out_features: int) -> None:

@@ -248,6 +248,10 @@ def test_a_matrix_of_many_blocks_of_rows_is_one_matrix(kind, monkeypatch):
     x = random_input(MANY_ROWS, 96)
     assert_close(other(x), layer(x))
     assert torch.equal(other(x[:2]), layer(x[:2]))
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(other(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(linear(x, layer.dequantized()).square().sum(), x)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
