@@ -430,3 +430,6 @@ class Sampling:
                 f"repetition_penalty is {self.repetition_penalty}, but must be above 0: 1 changes "
                 f"nothing, 1.2 avoids repetitions, less than 1 asks for them."
             )
+
+
+LLAMA_2_CHAT = Sampling(temperature=0.6, top_p=0.9)  # what its chat_completion draws with

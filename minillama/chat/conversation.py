@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,10 @@ from minillama.chat.dialog import (
     neutralise,
     recognise,
 )
-from minillama.config import Sampling
+from minillama.config import LLAMA_2_CHAT, Sampling
 from minillama.generation import Engine, Request
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
-
-META_CHAT = Sampling(temperature=0.6, top_p=0.9)  # the settings of Llama 2's chat_completion
 
 
 class Conversation:
@@ -36,7 +33,7 @@ class Conversation:
     out of what the model reads; `n_forgotten` counts their messages. `cut_off` tells whether the
     last answer met its limit. `chat_format` None takes the one that the vocabulary speaks for (see
     `recognise`).
-    Raises ValueError as `encode_dialog` does.
+    Raises ValueError as `encode_dialog` and `Request` do.
     """
 
     def __init__(
@@ -46,19 +43,25 @@ class Conversation:
         system: str = "",
         chat_format: str | None = None,
         max_new_tokens: int = 512,
-        sampling: Sampling = META_CHAT,
+        sampling: Sampling = LLAMA_2_CHAT,
         seed: int | None = None,
+        compile: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.chat_format = chat_format or recognise(tokenizer)
+        Request("", max_new_tokens, sampling, seed)  # refuses what means nothing
         self.max_new_tokens, self.sampling, self.seed = max_new_tokens, sampling, seed
+        self.compile = compile
         self._end_id = end_of_answer(tokenizer, self.chat_format)
         self.messages: list[Message] = []
         self.n_forgotten, self.cut_off = 0, False
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
-        """Forget what was said; ``system`` None keeps the system message."""
+        """Forget what was said; ``system`` None keeps the system message.
+
+        Raises ValueError for one that leaves no room for a question, and changes nothing then.
+        """
         kept = [m for m in self.messages if m.role == "system"]
         if system is not None:
             kept = [Message("system", system)] if system else []
@@ -69,17 +72,18 @@ class Conversation:
         """The pieces of the answer as they come; question and answer are then part of `messages`.
 
         An answer that is not taken to its end is remembered as far as it came.
-        Raises ValueError before the first piece, and remembers nothing then.
+        Raises ValueError before the first piece, or for logits that are no numbers, and remembers
+        nothing then.
         """
         messages = [*self.messages, Message("user", question)]
         context = self.model.config.max_seq_len
-        room = context - min(self.max_new_tokens, context // 2)
-        kept, ids = self._fit(self.messages, messages[-1], room)
+        kept, ids = self._fit(self.messages, messages[-1])
         self.n_forgotten = len(messages) - len(kept)
         limit = min(self.max_new_tokens, context - len(ids))
         seed = None if self.seed is None else self.seed + len(messages)
         request = Request(ids, limit, self.sampling, seed)
-        engine = Engine(self.model, self.tokenizer, rows=1, max_len=len(ids) + limit)
+        max_len = len(ids) + limit
+        engine = Engine(self.model, self.tokenizer, 1, max_len=max_len, compile=self.compile)
         ticket = engine.submit(request)
 
         def pieces() -> Generator[str, None, None]:
@@ -95,7 +99,8 @@ class Conversation:
                     if piece:
                         yield piece
             finally:
-                self.messages = [*messages, Message("assistant", answer.strip())]
+                if ticket.finish_reason != "error":
+                    self.messages = [*messages, Message("assistant", answer.strip())]
                 self.cut_off = ticket.finish_reason == "length"
 
         return pieces()
@@ -115,9 +120,11 @@ class Conversation:
         self.messages, self.n_forgotten = messages, 0
 
     def _fit(
-        self, messages: Sequence[Message], question: Message, room: int = sys.maxsize
+        self, messages: Sequence[Message], question: Message
     ) -> tuple[list[Message], list[int]]:
         """What the model reads. Its own answers may have said anything; the user may not."""
+        context = self.model.config.max_seq_len
+        room = context - min(self.max_new_tokens, context // 2)
         safe = [
             replace(m, content=neutralise(m.content, self.tokenizer, self.chat_format))
             if m.role == "assistant"

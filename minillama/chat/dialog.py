@@ -155,7 +155,8 @@ def encode_dialog(
             raise ValueError(
                 f"Message {place} ({message.role}) contains {found[0]!r}, which marks the turns of "
                 f"a dialogue in the format {chat_format}: a text with it could speak for somebody "
-                f"else. Write it otherwise; `neutralise` puts a space into it."
+                f"else. Put a space into it, {_spaced(found)!r}, as `neutralise` of minillama.chat "
+                f"does."
             )
     writer, strip = _Writer(tokenizer, chat_format), str.strip if form.strips else str
     writer.write(form.begin, "system")
@@ -185,7 +186,7 @@ def encode_dialog(
 
 def end_of_answer(tokenizer: Tokenizer, chat_format: str) -> int:
     """The id with which a model ends its answer."""
-    *_, last = FORMATS[chat_format].answer
+    *_, last = FORMATS[known_name("chat format", chat_format, FORMATS)].answer
     assert isinstance(last, Piece)
     return _id_of(last, tokenizer, chat_format)
 
@@ -200,8 +201,7 @@ def recognise(tokenizer: Tokenizer) -> str:
 
 def neutralise(text: str, tokenizer: Tokenizer, chat_format: str = "llama2") -> str:
     """The text with a space in every marker of the format: "[INST]" becomes "[ INST]"."""
-    marker = _markers(tokenizer, chat_format)
-    return marker.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+    return _markers(tokenizer, chat_format).sub(_spaced, text)
 
 
 def fit(
@@ -303,3 +303,7 @@ def _id_of(piece: Piece, tokenizer: Tokenizer, chat_format: str) -> int:
 def _markers(tokenizer: Tokenizer, chat_format: str) -> re.Pattern[str]:
     names = {*FORMATS[chat_format].markers, *tokenizer.special_ids}
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+
+def _spaced(marker: re.Match[str]) -> str:
+    return f"{marker[0][0]} {marker[0][1:]}"

@@ -1,12 +1,13 @@
 """A conversation with a model: what it reads, what is remembered, and how files look."""
 
 import pytest
+import torch
 from small import small_llama
 
 from minillama.chat import Conversation, Message, encode_dialog
 from minillama.chat.conversation import read_messages
 from minillama.config import Sampling
-from minillama.generation import Request, generate
+from minillama.generation import Engine, Request, generate
 
 MODEL = small_llama(max_seq_len=256)
 GREEDY = Sampling()
@@ -72,8 +73,8 @@ def test_each_turn_draws_with_a_seed_of_its_own(tok, monkeypatch):
         seeds.append(seed)
         return Request(ids, limit, sampling, seed)
 
-    monkeypatch.setattr("minillama.chat.conversation.Request", noting)
     talk = conversation(tok, seed=3)
+    monkeypatch.setattr("minillama.chat.conversation.Request", noting)
     list(talk.ask("Ben?"))
     list(talk.ask("Ben?"))
     assert seeds == [4, 6]
@@ -114,6 +115,42 @@ def test_reset_keeps_or_changes_the_system_message(tok):
     assert talk.messages == [Message("system", "Ida")]
     talk.reset("")
     assert talk.messages == []
+
+
+def test_a_system_message_without_room_for_a_question_is_refused_at_once(tok):
+    with pytest.raises(ValueError, match="there is room for 244"):
+        conversation(tok, system="Ben " * 300)
+    talk = conversation(tok, system="Ada")
+    with pytest.raises(ValueError, match="Shorten the message or the system message"):
+        talk.reset("Ben " * 300)
+    list(talk.ask("Ben?"))
+    assert talk.messages[0] == Message("system", "Ada")
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", -5), ("max_new_tokens", 0)])
+def test_settings_that_mean_nothing_are_refused_at_once(tok, name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}, but must be at least"):
+        conversation(tok, **{name: value})
+
+
+def test_a_turn_that_failed_is_not_remembered(tok):
+    broken = small_llama(max_seq_len=256)
+    broken.norm.weight[0] = torch.nan
+    talk = Conversation(broken, tok, "Ada")
+    with pytest.raises(ValueError, match="logits are no numbers"):
+        list(talk.ask("Ben?"))
+    assert talk.messages == [Message("system", "Ada")]
+
+
+def test_an_answer_can_be_compiled(tok, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        "minillama.chat.conversation.Engine",
+        lambda *args, compile, **more: compiled.append(compile) or Engine(*args, **more),
+    )
+    for compile in (False, True):
+        list(conversation(tok, compile=compile).ask("Ben?"))
+    assert compiled == [False, True]
 
 
 def test_a_conversation_is_saved_and_gone_on_with(tok, tmp_path):

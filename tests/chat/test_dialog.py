@@ -284,6 +284,8 @@ def test_a_marker_in_anybody_s_text_is_refused_or_gets_a_space(tok, role, marker
     messages = [Message(role, text) for role, text in texts.items()]
     with pytest.raises(ValueError, match=rf"\({role}\) contains {re.escape(repr(marker))}"):
         encode_dialog(messages, tok)
+    with pytest.raises(ValueError, match=re.escape(f"'{marker[0]} {marker[1:]}'")):
+        encode_dialog(messages, tok)
     text = tok.decode(encode_dialog(messages, tok, neutralised=True).ids)
     assert f"see{marker[0]} {marker[1:]}here" in text
 
@@ -328,6 +330,8 @@ def test_a_vocabulary_of_another_format_is_named(tok, chatml_tok):
         encode_dialog([Message("user", "a")], tok, "chatml")
     with pytest.raises(ValueError, match=r"no chat format 'lama2'\. Did you mean 'llama2'"):
         encode_dialog([Message("user", "a")], tok, "lama2")
+    with pytest.raises(ValueError, match=r"no chat format 'lama2'\. Did you mean 'llama2'"):
+        end_of_answer(tok, "lama2")
 
 
 # -------------------------------------------------------------------------------------------- fit
