@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from minillama.checkpoint.fetch import how_to_ask_meta
 from minillama.checkpoint.folder import CheckpointError, check_new, interrupted_save
 from minillama.checkpoint.gguf import open_gguf, save_gguf
 from minillama.checkpoint.hub import local_path
@@ -97,6 +98,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"There is no {path}: its last save was cut off. {earlier} is the checkpoint before "
             f"it; rename it to {path.name}."
         )
+    if not path.suffix and (how := how_to_ask_meta(path.as_posix())):
+        raise FileNotFoundError(how)
     raise FileNotFoundError(
         f"There is no {path}. A checkpoint is a folder (minillama's, Meta's or Hugging Face's), or "
         f"a file of GGUF or llama2.c; `minillama demo` makes one in runs/demo/checkpoint, and "
@@ -158,7 +161,9 @@ def convert(
             f"int4, nf4), gguf (q8_0) and llama2.c (int8)."
         )
     if dtype and not checkpoint.quantization:
-        weights = {name: converted(stored, dtype) for name, stored in checkpoint.weights.items()}
+        weights = {
+            name: converted(stored, dtype, name) for name, stored in checkpoint.weights.items()
+        }
         checkpoint = replace(checkpoint, weights=weights)
     _write(target, checkpoint, tok, format, options)
 

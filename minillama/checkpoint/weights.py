@@ -38,14 +38,14 @@ class Stored:
     `read()` gives it: a view of a file that is mapped into memory, or computed from such views. A
     view may be written to; the file stays as it is. `release()` returns the memory of the mapped
     pages to the system, for who is done with the view or has copied it; the next `read()` maps them
-    again, as they are in the file. `convert(dtype)` is the same tensor in another dtype.
+    again, as they are in the file. `convert(dtype, name)` is `converted`.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
     release: Callable[[], None] = _nothing
-    convert: Callable[[torch.dtype], "Stored"] | None = None  # None: by reading it first
+    convert: Callable[[torch.dtype, str], "Stored"] | None = None  # None: by reading it first
 
 
 def map_file(path: Path) -> UInt8[Tensor, " n"]:
@@ -93,21 +93,36 @@ def computed(
             source.release()
         return result
 
-    def convert(wanted: torch.dtype) -> Stored:
-        return computed([converted(source, wanted) for source in sources], function, shape)
+    def convert(wanted: torch.dtype, name: str) -> Stored:
+        return computed([converted(source, wanted, name) for source in sources], function, shape)
 
     if dtype is None:
         return Stored(shape, sources[0].dtype, read, convert=convert)
     return Stored(shape, dtype, read)
 
 
-def converted(stored: Stored, dtype: torch.dtype | None) -> Stored:
-    """The same tensor in another dtype; None leaves it as it is."""
-    if dtype in (None, stored.dtype):
+def converted(stored: Stored, dtype: torch.dtype | None, name: str) -> Stored:
+    """The same tensor in another dtype; None leaves it as it is.
+
+    Reading it raises ValueError, with its `name`, if a number is too large for the dtype.
+    """
+    if dtype is None or dtype == stored.dtype:
         return stored
     if stored.convert:
-        return stored.convert(dtype)
-    return computed([stored], lambda tensor: tensor.to(dtype), stored.shape, dtype)
+        return stored.convert(dtype, name)
+
+    def convert(tensor: Tensor) -> Tensor:
+        result = tensor.to(dtype)
+        ends = torch.stack(result.aminmax())
+        if not ends.isfinite().all() and (result.isinf() & tensor.isfinite()).any():
+            raise ValueError(
+                f"{name} has numbers up to {tensor.abs().max():,.0f}, and {dtype} ends at "
+                f"{torch.finfo(dtype).max:,.0f}: they would become infinite. Take bfloat16, which "
+                f"has the range of float32, or the dtype in which they are stored."
+            )
+        return result
+
+    return computed([stored], convert, stored.shape, dtype)
 
 
 def n_bytes(stored: Stored) -> int:
@@ -161,12 +176,11 @@ class Checkpoint:
                 f"{self.path}: the config has {self.config.n_layers} layers, but there are only "
                 f"{len(found)} tensors. They belong to different models, or files are missing."
             )
-        try:
-            state = empty_llama(self.config, self.quantization).state_dict()
-        except RuntimeError as error:  # a matrix of more bytes than can be counted
+        if self.config.n_parameters > 2**60:  # PyTorch cannot count the bytes of more
             raise CheckpointError(
                 f"{self.path}: no model can have these sizes: {self.config}. They are damaged."
-            ) from error
+            )
+        state = empty_llama(self.config, self.quantization).state_dict()
         if self.config.tie_embeddings:
             state.pop("output.weight", None)
         needed = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -207,7 +221,7 @@ def llama_from(
     On a CPU and in the stored dtype the weights stay mapped: they are read when they are used.
     With `dtype` None all are of the dtype in which most numbers are stored. `quantize` puts the
     linear layers into few bits, each as soon as it is read.
-    Raises ValueError if they are so already.
+    Raises ValueError if they are so already, and for numbers too large for `dtype`.
     """
     if quantize and checkpoint.quantization:
         raise ValueError(
@@ -224,7 +238,7 @@ def llama_from(
             _replace(model, name, quantize_linear(stored.read().to(device), str(quantize)))
             stored.release()
     for name, stored in left.items():
-        wanted = converted(stored, dtype if name in parameters else None)
+        wanted = converted(stored, dtype if name in parameters else None, name)
         tensor = wanted.read()
         weights[name] = tensor.to(device)
         if weights[name] is not tensor:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small import small_config, small_llama, small_tokenizer
 
 from minillama import load, save
-from minillama.checkpoint import CheckpointError, weights
+from minillama.checkpoint import CheckpointError, convert, weights
 from minillama.checkpoint.weights import (
     Checkpoint,
     Stored,
@@ -112,19 +112,49 @@ def test_what_only_moves_numbers_is_converted_before_it_is_moved():
         dtypes.append(tensor.dtype)
         return tensor.clone()
 
-    one = converted(computed([source], count, (2, 3)), torch.bfloat16)
-    other = converted(computed([source], count, (2, 3), torch.float32), torch.bfloat16)
+    one = converted(computed([source], count, (2, 3)), torch.bfloat16, "w")
+    other = converted(computed([source], count, (2, 3), torch.float32), torch.bfloat16, "w")
     assert one.read().dtype == other.read().dtype == one.dtype == other.dtype == torch.bfloat16
     assert dtypes == [torch.bfloat16, torch.float32]
-    assert torch.equal(converted(moved, torch.bfloat16).read(), moved.read().bfloat16())
+    assert torch.equal(converted(moved, torch.bfloat16, "w").read(), moved.read().bfloat16())
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_number_too_large_for_the_dtype_names_its_tensor(moved):
+    large = torch.tensor([[1.0, -1e6]])
+    stored = Stored((1, 2), torch.float32, lambda: large)
+    stored = computed([stored], torch.clone, (1, 2)) if moved else stored
+    message = r"^w has numbers up to 1,000,000, and torch\.float16 ends at 65,504: .*bfloat16"
+    with pytest.raises(ValueError, match=message):
+        converted(stored, torch.float16, "w").read()
+    assert converted(stored, torch.bfloat16, "w").read().isfinite().all()
+
+
+def test_what_was_infinite_or_none_before_stays_so():
+    for numbers in ([float("inf"), 1], [float("nan"), 1], [-float("inf"), float("nan")]):
+        tensor = torch.tensor(numbers)
+        half = converted(Stored((2,), torch.float32, lambda t=tensor: t), torch.float16, "w").read()
+        assert torch.equal(half.isinf(), tensor.isinf())
+        assert torch.equal(half.isnan(), tensor.isnan())
+
+
+def test_weights_too_large_for_float16_are_not_loaded_in_it(tmp_path):
+    model = small_llama()
+    model.layers[1].attention.wk.weight.data[3, 5] = 1e6
+    save(tmp_path / "x", model, small_tokenizer())
+    with pytest.raises(ValueError, match=r"layers\.1\.attention\.wk\.weight has numbers"):
+        load(tmp_path / "x", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"layers\.1\.attention\.wk\.weight has numbers"):
+        convert(tmp_path / "x", tmp_path / "y", "huggingface", dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_tensor_in_its_own_dtype_is_not_converted():
     stored = Stored((2,), torch.float32, lambda: torch.ones(2))
-    assert converted(stored, torch.float32) is stored
-    assert converted(stored, None) is stored
-    assert converted(stored, torch.bfloat16).dtype == torch.bfloat16
-    assert converted(stored, torch.bfloat16).read().dtype == torch.bfloat16
+    assert converted(stored, torch.float32, "w") is stored
+    assert converted(stored, None, "w") is stored
+    assert converted(stored, torch.bfloat16, "w").dtype == torch.bfloat16
+    assert converted(stored, torch.bfloat16, "w").read().dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -174,6 +204,15 @@ def test_a_config_with_absurdly_many_layers_is_refused_at_once():
     stored = checkpoint_of(small_llama(), Path("x")).weights
     with pytest.raises(CheckpointError, match=r"x: the config has 1000000000 layers"):
         Checkpoint(small_config(n_layers=10**9), stored, None, Path("x"))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"hidden_dim": 10**19}, {"dim": 32 * 10**20}, {"vocab_size": 2**61}]
+)
+def test_sizes_that_pytorch_cannot_count_are_refused(sizes):
+    stored = checkpoint_of(small_llama(), Path("x")).weights
+    with pytest.raises(CheckpointError, match=r"x: no model can have these sizes: .*damaged"):
+        Checkpoint(small_config(**sizes), stored, None, Path("x"))
 
 
 @pytest.mark.parametrize(
