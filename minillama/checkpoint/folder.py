@@ -58,10 +58,15 @@ def replacing_file(file: Path) -> Iterator[Path]:
     """A new file to write; at the end it takes the place of `file`, or nothing has changed.
 
     As `replacing`, for formats that are a single file and have no place for sums.
-    Raises CheckpointError if `file` is a folder.
+    Raises CheckpointError if `file` is a folder, or anything else that is no file.
     """
     if file.is_dir():
         raise CheckpointError(f"{file} is a folder, and a file is to be written. Name one in it.")
+    if os.path.lexists(file) and not file.is_file():
+        raise CheckpointError(
+            f"{file} is no file, but a device, a pipe or a link that leads nowhere, and would be "
+            f"lost. Name a new file."
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     new = unfinished(file)
     try:
@@ -95,6 +100,10 @@ def writing(
 def check_disk(path: Path, n_bytes: int) -> None:
     """Raises OSError unless the disk of `path` has room for `n_bytes` more."""
     there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(
+            f"{path} cannot be written: {there} is a file, and no folder. Name another place."
+        )
     free = shutil.disk_usage(there).free
     if n_bytes > free:
         raise OSError(
@@ -105,8 +114,8 @@ def check_disk(path: Path, n_bytes: int) -> None:
 
 
 def check_new(path: Path) -> None:
-    """Raises CheckpointError if anything that would be lost is at `path`."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    """Raises CheckpointError if anything but an empty folder is at `path`: it would be lost."""
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(
             f"{path} exists and is not overwritten. Name a place where nothing is yet."
         )

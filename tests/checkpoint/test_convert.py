@@ -1,5 +1,6 @@
 """Any format into any other, to the bit."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,35 @@ def test_nothing_is_overwritten(tmp_path, variant):
     with pytest.raises(CheckpointError, match="exists and is not overwritten"):
         convert(tmp_path / "start", target, VARIANTS[variant][0])
     assert (target if target.is_file() else target / "diary.txt").read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
+@pytest.mark.parametrize("kind", ["pipe", "link that leads nowhere"])
+@pytest.mark.parametrize("variant", ["native", "huggingface", "meta", "gguf", "llama2.c"])
+def test_what_is_neither_file_nor_folder_is_not_replaced(tmp_path, variant, kind):
+    save(tmp_path / "start", varied(), small_tokenizer(304))
+    target = tmp_path / "target"
+    if kind == "pipe":
+        os.mkfifo(target)
+    else:
+        target.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="target exists and is not overwritten"):
+        convert(tmp_path / "start", target, VARIANTS[variant][0])
+    if variant in ("gguf", "llama2.c"):
+        with pytest.raises(CheckpointError, match="target is no file, but a device, a pipe or"):
+            save(target, varied(), small_tokenizer(304), variant)
+    assert not target.is_file()
+
+
+@pytest.mark.parametrize("variant", ["native", "huggingface", "meta", "gguf", "llama2.c"])
+def test_a_file_is_no_folder_to_write_into(tmp_path, variant):
+    save(tmp_path / "start", varied(), small_tokenizer(304))
+    (tmp_path / "file").write_text("mine")
+    message = rf"{tmp_path / 'file'} is a file, and no folder\. Name another place"
+    for target in ("file/x", "file/x/y"):
+        with pytest.raises(OSError, match=message):
+            convert(tmp_path / "start", tmp_path / target, VARIANTS[variant][0])
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("variant", ["native", "huggingface", "meta", "gguf", "llama2.c"])
