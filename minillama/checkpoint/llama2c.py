@@ -96,8 +96,8 @@ def save_llama2c(
 
     Raises ValueError for what the format has no place for: an eps other than 1e-5, a base of RoPE
     other than 10,000, a vocabulary that is not SentencePiece's with LLaMA's settings, or another
-    version; CheckpointError if another model's tokenizer.bin lies there; OSError if a file cannot
-    be written.
+    version; CheckpointError if another model's tokenizer lies there; OSError if a file cannot be
+    written.
     """
     path, config = Path(path), checkpoint.config
     if version not in VERSIONS:
@@ -110,11 +110,15 @@ def save_llama2c(
         )
     vocabulary = tokenizer_bin(tokenizer)
     beside = path.with_name("tokenizer.bin")
-    if beside.exists() and beside.read_bytes() != vocabulary:
-        raise CheckpointError(
-            f"{beside} is the tokenizer of another model, and llama2.c would look for this model's "
-            f"there. Write {path.name} into another folder."
-        )
+    for other, content in (
+        (beside, vocabulary),
+        (path.with_name("tokenizer.model"), tokenizer.to_bytes()),
+    ):
+        if other.exists() and other.read_bytes() != content:
+            raise CheckpointError(
+                f"{other} is the tokenizer of another model, and would be taken for this one's, "
+                f"which is looked for there. Write {path.name} into another folder."
+            )
     group = _GROUP
     while config.dim % group or config.hidden_dim % group:
         group //= 2

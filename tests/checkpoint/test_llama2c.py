@@ -401,6 +401,16 @@ def test_the_tokenizer_of_another_model_is_not_overwritten(path, tmp_path):
     assert not (tmp_path / "new.bin").exists()
 
 
+def test_the_tokenizer_model_of_another_model_would_be_taken_for_its_own(path):
+    beside = path.with_name("tokenizer.model")
+    beside.write_bytes(b"another")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model is the tokenizer of another"):
+        save_llama2c(path.with_name("new.bin"), checkpoint_of(small_llama()), small_tokenizer())
+    assert not path.with_name("new.bin").exists()
+    beside.write_bytes(small_tokenizer().to_bytes())
+    save_llama2c(path.with_name("new.bin"), checkpoint_of(small_llama()), small_tokenizer())
+
+
 def test_training_a_loaded_model_leaves_the_file_alone(path):
     before = path.read_bytes()
     model, _ = load(path)
