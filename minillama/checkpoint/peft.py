@@ -23,6 +23,7 @@ from minillama.checkpoint.folder import (
     SUMS,
     CheckpointError,
     interrupted_save,
+    read_json,
     verify_sums,
     writing,
 )
@@ -137,7 +138,7 @@ def load_adapter(folder: str | os.PathLike[str], config: LlamaConfig) -> Adapter
             targets=targets,
             rank_stabilized=bool(settings.get("use_rslora")),
         )
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise CheckpointError(f"{folder / CONFIG} is no adapter's config: {error}") from error
     _check_shapes(folder / WEIGHTS, layers, config, lora)
     return Adapter(
@@ -201,12 +202,7 @@ def _check_there(folder: Path) -> None:
 
 def _settings(path: Path) -> dict[str, Any]:
     """What the config says, if minillama knows what all of it means."""
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}. Download it again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, not an adapter's settings.")
+    values = read_json(path)
     if values.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{path} describes an adapter of the kind {values.get('peft_type')!r}, but minillama "

@@ -276,6 +276,7 @@ def test_quantised_weights_are_not_merged_into():
         ({"r": 0}, "rank is 0, but must be at least 1"),
         ({"r": 4}, r"have the shapes \(\(3, 32\), \(16, 3\)\), but .* need \(\(4, 32\), \(16, 4\)"),
         ({"lora_alpha": "16"}, "lora_alpha is '16', but must be float"),
+        ({"lora_alpha": 10**400}, "no adapter's config: int too large"),
         ({"lora_alpha": -1}, "alpha is -1.0, but must be above 0"),
         ({"lora_dropout": 2}, "dropout is 2.0"),
         ({"target_modules": ["q_proj"]}, "that the layers q_proj have adapters, but .* of q_proj,"),
@@ -375,7 +376,13 @@ def test_the_adapter_of_another_model_is_refused(saved):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is no JSON"), ("[]", "holds a list"), ("{}", "kind None"), ("\xff\xfe", "is no JSON")],
+    [
+        ("{", "is no JSON"),
+        ("[]", r"holds '\[\]' in place of named settings"),
+        ("[" * 100_000, "is no JSON"),
+        ("{}", "kind None"),
+        ("\xff\xfe", "is no JSON"),
+    ],
 )
 def test_a_damaged_config_is_named(saved, text, message):
     (saved / CONFIG).write_text(text)
