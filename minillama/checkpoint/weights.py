@@ -194,11 +194,12 @@ class Checkpoint:
                 f"models."
             )
         for name, stored in self.weights.items():
-            is_number = state[name].is_floating_point()
-            if stored.dtype not in DTYPES if is_number else stored.dtype != state[name].dtype:
+            # Codes and scales are of one dtype only, or the products would not take them.
+            possible = DTYPES if name.endswith(".weight") else (state[name].dtype,)
+            if stored.dtype not in possible:
                 raise CheckpointError(
                     f"{self.path}: {name} is of {stored.dtype}, which no weight can be: it must be "
-                    f"of {' or '.join(map(str, DTYPES)) if is_number else state[name].dtype}."
+                    f"of {' or '.join(map(str, possible))}."
                 )
 
 

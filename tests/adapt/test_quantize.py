@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from minillama.adapt.quantize import (
     two_from_a_byte,
     two_in_a_byte,
 )
+from minillama.checkpoint import CheckpointError, open_checkpoint
 from minillama.checkpoint.fetch import fetched
 from minillama.data import tales
 from minillama.data.packing import Batch
@@ -434,6 +436,16 @@ def test_what_is_quantised_is_not_quantised_again(tmp_path):
         load(tmp_path / "folder", quantize="int4")
     with pytest.raises(ValueError, match="no quantisation 'int3'"):
         load(tmp_path / "folder", quantize="int3")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("scale", torch.float32), ("codes", torch.uint8)])
+def test_codes_and_scales_of_another_dtype_are_refused(tmp_path, name, dtype):
+    save(tmp_path / "folder", quantize(small_llama(), "int8"), small_tokenizer())
+    checkpoint = open_checkpoint(tmp_path / "folder")
+    key = f"layers.0.attention.wq.{name}"
+    wrong = replace(checkpoint.weights[key], dtype=dtype)
+    with pytest.raises(CheckpointError, match=f"{key} is of .*, which no weight can be: it must"):
+        replace(checkpoint, weights={**checkpoint.weights, key: wrong})
 
 
 @pytest.mark.slow
