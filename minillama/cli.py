@@ -4,6 +4,7 @@ Only the command that runs imports torch, so that --help answers at once.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from minillama.config import (
+    LLAMA_2_CHAT,
     PRESETS,
     TRAINING_PRESETS,
     LlamaConfig,
@@ -30,16 +32,21 @@ from minillama.config import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
+    from minillama.model import Llama
     from minillama.plan import InferencePlan, TrainingPlan
+    from minillama.tokenizer import Tokenizer
     from minillama.training.lora_run import LoRARun
     from minillama.training.run import PretrainingRun
 
 # Fields of a dataclass within a command are flags without a prefix: --steps, not --training.steps.
 FLAT = tyro.conf.arg(name="")
+# --stop A --stop B: a flag that takes as many values as follow would take the prompt, too.
+REPEATED = tyro.conf.UseAppendAction
 
 # The recipe of the demo, and of the toy checkpoint that the notebooks show.
 TOY_TRAINING = TrainingConfig.preset("toy")
-LLAMA_2_CHAT = Sampling(temperature=0.6, top_p=0.9)  # what its chat_completion draws with
 # Of adapters: QLoRA's learning rate (Dettmers et al. 2023, table 9), on rows that a laptop takes.
 LORA_TRAINING = TrainingConfig(
     steps=200, learning_rate=2e-4, warmup_steps=10, weight_decay=0.0, batch_size=4
@@ -181,17 +188,8 @@ class Pretrain:
         run = PretrainingRun.resume(
             self.out, _device(self.device), self.saving, self.training.tensor_parallel
         )
-        for name, wanted, started in (
-            ("model", self.model, run.model.config),
-            ("training", self.training, run.config),
-        ):
-            for key, value in asdict(started).items():
-                if getattr(wanted, key) != value:
-                    raise ValueError(
-                        f"{key} was {value} when the run in {self.out} was started, and is "
-                        f"{getattr(wanted, key)} now. A resumed run keeps its {name} settings: "
-                        f"leave the flag out, or start a new run with --out."
-                    )
+        _keeps_settings(self.out, self.model, run.model.config)
+        _keeps_settings(self.out, self.training, run.config)
         return run
 
     def _documents(self) -> tuple[dict[str, Iterable[str]], Iterable[str]]:
@@ -344,17 +342,8 @@ class LoRA:
 
         run = LoRARun.resume(self.out, _device(self.device), self.saving)
         assert isinstance(run, LoRARun)
-        for wanted, usual, started in (
-            (self.adapter, LoRAConfig(), run.adapter),
-            (self.training, LORA_TRAINING, run.config),
-        ):
-            for key, value in asdict(started).items():
-                if getattr(wanted, key) not in (value, getattr(usual, key)):
-                    raise ValueError(
-                        f"{key} was {value} when the run in {self.out} was started, and is "
-                        f"{getattr(wanted, key)} now. A resumed run keeps its settings: leave the "
-                        f"flag out, or start a new run with --out."
-                    )
+        _keeps_settings(self.out, self.adapter, run.adapter, LoRAConfig())
+        _keeps_settings(self.out, self.training, run.config, LORA_TRAINING)
         return run
 
     def _merge(self, run: "LoRARun") -> None:
@@ -369,6 +358,34 @@ class LoRA:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How a model is made ready to write."""
+
+    tokenizer: Path | None = None  # where it does not lie beside the weights
+    adapter: Path | None = None  # a folder that `minillama lora`, or peft, wrote
+    quantize: str | None = None  # int8, int4, nf4: fewer bits for the weights
+    dtype: str | None = None  # float32, bfloat16, float16; without it, that of the weights
+    device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
+    compile: bool = False  # faster, after 10 to 30 seconds: for thousands of tokens
+
+    def load(self, path: str) -> "tuple[Llama, Tokenizer]":
+        """The model, without its adapter, and its tokenizer."""
+        from minillama import load
+
+        return load(path, self.tokenizer, _device(self.device), _dtype(self.dtype), self.quantize)
+
+    def load_adapted(self, path: str) -> "tuple[Llama, Tokenizer]":
+        """The model with its adapter, and its tokenizer."""
+        model, tokenizer = self.load(path)
+        if self.adapter:
+            from minillama.adapt.lora import attach
+            from minillama.checkpoint.peft import load_adapter
+
+            attach(model, load_adapter(self.adapter, model.config))
+        return model, tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generate:
     """Continue a prompt, and write the text as it comes.
 
@@ -376,28 +393,19 @@ class Generate:
     """
 
     prompt: tyro.conf.Positional[str] = ""  # without it, the model starts from BOS alone
-    model: Path  # a checkpoint folder, or a llama2.c .bin
-    tokenizer: Path | None = None  # where it does not lie beside the weights
-    adapter: Path | None = None  # a folder that `minillama lora`, or peft, wrote
+    model: str  # a checkpoint: folder, GGUF, llama2.c; or a name: of `minillama fetch`, or org/name
+    opening: Annotated[Opening, FLAT] = field(default_factory=Opening)
     max_new_tokens: int = 200
     sampling: Annotated[Sampling, FLAT] = field(default_factory=Sampling)
     seed: int | None = None  # the same seed draws the same text
-    stop: tuple[str, ...] = ()  # end before any of these strings
-    draft: Path | None = None  # a smaller model of the same tokenizer: its guesses save time
-    compile: bool = False  # faster, after 10 to 30 seconds: for thousands of tokens
-    device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
+    stop: Annotated[tuple[str, ...], REPEATED] = ()  # end before this string
+    draft: str | None = None  # a smaller model of the same tokenizer: its guesses save time
 
     def run(self) -> None:
-        from minillama import load, stream
+        from minillama import stream
 
-        device = _device(self.device)
-        model, tokenizer = load(self.model, self.tokenizer, device=device)
-        if self.adapter:
-            from minillama.adapt.lora import attach
-            from minillama.checkpoint.peft import load_adapter
-
-            attach(model, load_adapter(self.adapter, model.config))
-        draft = load(self.draft, self.tokenizer, device=device)[0] if self.draft else None
+        model, tokenizer = self.opening.load_adapted(self.model)
+        draft = self.opening.load(self.draft)[0] if self.draft else None
         pieces = stream(
             model,
             tokenizer,
@@ -406,7 +414,7 @@ class Generate:
             seed=self.seed,
             stop=self.stop,
             draft=draft,
-            compile=self.compile,
+            compile=self.opening.compile,
             **asdict(self.sampling),
         )
         print(self.prompt, end="", flush=True)
@@ -423,23 +431,18 @@ class Chat:
     """
 
     model: tyro.conf.Positional[str]  # a checkpoint, or a name: see `minillama fetch`
-    tokenizer: Path | None = None  # where it does not lie beside the weights
+    opening: Annotated[Opening, FLAT] = field(default_factory=Opening)
     system: str = ""  # says how the model is to behave
     chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
     max_new_tokens: int = 512  # of an answer
     sampling: Annotated[Sampling, FLAT] = LLAMA_2_CHAT
     seed: int | None = None  # the same seed draws the same answers
-    quantize: str | None = None  # int8, int4, nf4: fewer bits for the weights
-    device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
 
     def run(self) -> None:
-        from minillama import load
         from minillama.chat import Conversation
         from minillama.chat.terminal import chat
 
-        model, tokenizer = load(
-            self.model, self.tokenizer, device=_device(self.device), quantize=self.quantize
-        )
+        model, tokenizer = self.opening.load_adapted(self.model)
         conversation = Conversation(
             model,
             tokenizer,
@@ -448,11 +451,17 @@ class Chat:
             self.max_new_tokens,
             self.sampling,
             self.seed,
+            self.opening.compile,
         )
         print(
             f"{model.config.n_parameters:,} parameters, a context of {model.config.max_seq_len:,} "
             f"tokens, chat format {conversation.chat_format}. /help lists the commands."
         )
+        if self.chat_format is None and conversation.chat_format == "llama2":
+            print(
+                "(That format is assumed: the vocabulary has no pieces of another one. A model "
+                "that was not trained on dialogues goes on writing instead of answering.)"
+            )
         chat(conversation)
 
 
@@ -521,6 +530,7 @@ class Plan:
     def run(self) -> None:
         from minillama.plan import GIB, MOMENTS, PARTS, TrainingPlan, free_memory, gib, ways_out
 
+        self._check()
         plan = self._plan(_config(self.model))
         print(self._title(plan))
         for name, n_bytes in plan.parts.items():
@@ -529,7 +539,7 @@ class Plan:
         when = MOMENTS[plan.worst] if isinstance(plan, TrainingPlan) else ""
         print(f"  {'peak':<12}{gib(plan.peak):>10}   {when}".rstrip())
 
-        free = self.device_memory * GIB if self.device_memory else free_memory(self.device)
+        free = free_memory(self.device) if self.device_memory is None else self.device_memory * GIB
         if free is None:
             print(f"How much memory {self.device} has cannot be told here: say --device-memory.")
         elif plan.peak <= free:
@@ -558,21 +568,38 @@ class Plan:
                 f"from a laptop's memory (30 GB/s), {2000 / gigabytes:,.0f} from an A100's (2,000)."
             )
 
+    def _check(self) -> None:
+        """Of what `minillama.plan` does not see. Raises ValueError."""
+        known_name("device", self.device, ("cpu", "cuda", "mps"))
+        if self.device == "mps" and self.device_memory is None:
+            _device(self.device)  # its memory can be asked for only there
+        for name in (
+            "device_memory",
+            "tokens",
+            "tokens_per_second",
+            "tflops",
+            "utilization",
+            "watts",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, but must be above 0.")
+
     def _plan(self, config: LlamaConfig) -> "InferencePlan | TrainingPlan":
         from minillama.plan import InferencePlan, TrainingPlan
 
-        seq_len = self.seq_len or config.max_seq_len
+        seq_len = config.max_seq_len if self.seq_len is None else self.seq_len
         if not (self.train or self.lora):
             return InferencePlan(
                 config=config,
-                batch_size=self.batch_size or 1,
+                batch_size=1 if self.batch_size is None else self.batch_size,
                 seq_len=seq_len,
                 dtype="bfloat16" if self.dtype == "auto" else self.dtype,
                 quantize=self.quantize,
                 tensor_parallel=self.tensor_parallel,
             )
         training = TrainingConfig(
-            batch_size=self.batch_size or self.data_parallel,
+            batch_size=self.data_parallel if self.batch_size is None else self.batch_size,
             seq_len=seq_len,
             accumulation=self.accumulation,
             precision=self.dtype,
@@ -582,7 +609,7 @@ class Plan:
         return TrainingPlan(
             config=config,
             training=training,
-            device="cuda" if self.device_memory else self.device,
+            device=self.device if self.device_memory is None else "cuda",
             optimizer=self.optimizer,
             data_parallel=self.data_parallel,
             lora=self.lora,
@@ -646,7 +673,8 @@ class Curate:
 
     raw: tyro.conf.Positional[Path | None] = None  # a folder
     out: Path = Path("runs/mixture")  # a new folder
-    reference: tuple[Path, ...] = ()  # text files, a good text a line: crawled pages should be so
+    # A text file, a good text a line: crawled pages should be so.
+    reference: Annotated[tuple[Path, ...], REPEATED] = ()
     bad_words: Path | None = None  # a file of words, one a line, that no page of c4 may have
     language: str = "en"  # of the web pages to keep
     workers: int = 1  # processes; the output is the same
@@ -727,20 +755,22 @@ class Convert:
     shards: int | None = None  # files of meta's format, one for each GPU: 1, 2, 4, 8
 
     def run(self) -> None:
-        import torch
-
         from minillama.checkpoint import convert
-        from minillama.plan import BYTES
 
         if self.shards is not None and self.format != "meta":
             raise ValueError(
                 f"--shards is for --format meta, which has a file for each GPU. {self.format} is "
                 f"split where files would be too large."
             )
-        dtype = getattr(torch, known_name("dtype", self.dtype, BYTES)) if self.dtype else None
         options = {"shards": self.shards} if self.shards is not None else {}
         convert(
-            self.source, self.target, self.format, dtype, self.quantize, self.tokenizer, **options
+            self.source,
+            self.target,
+            self.format,
+            _dtype(self.dtype),
+            self.quantize,
+            self.tokenizer,
+            **options,
         )
         print(f"Wrote {self.target}. Check it: minillama verify {self.target}")
 
@@ -876,6 +906,20 @@ def _keep(path: Path) -> None:
         )
 
 
+def _keeps_settings(out: Path, wanted: Any, started: Any, usual: Any = None) -> None:
+    """Raises ValueError for a flag of a resumed run that it was not started with.
+
+    `usual` are the defaults of the flags, where these are not the settings of the run.
+    """
+    for key, value in asdict(started).items():
+        if getattr(wanted, key) not in (value, getattr(usual or started, key)):
+            raise ValueError(
+                f"{key} was {value} when the run in {out} was started, and is "
+                f"{getattr(wanted, key)} now. A resumed run keeps its settings: leave the flag "
+                f"out, or start a new run with --out."
+            )
+
+
 def _config(model: str) -> LlamaConfig:
     """The sizes of a preset, of a checkpoint, or of a model that was fetched."""
     if model in PRESETS:
@@ -895,10 +939,18 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"The device {name!r} cannot be used here ({str(error).splitlines()[0]}). "
             f"Choose cpu, or leave --device out."
         ) from None
     return name
+
+
+def _dtype(name: str | None) -> "torch.dtype | None":
+    import torch
+
+    from minillama.plan import BYTES
+
+    return None if name is None else getattr(torch, known_name("dtype", name, BYTES))

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -363,8 +364,33 @@ def test_generate_stops_before_a_stop_string(checkpoint, capsys):
     main(["generate", *arguments])
     whole = capsys.readouterr().out.removesuffix("\n")
     stop = whole[len(whole) // 2]
-    main(["generate", *arguments, "--stop", stop, "never"])
+    main(["generate", *arguments, "--stop", stop, "--stop", "never"])
     assert capsys.readouterr().out == whole.partition(stop)[0] + "\n"
+
+
+def test_a_stop_string_leaves_the_prompt_alone(checkpoint, capsys):
+    arguments = ["--model", str(checkpoint), "--max-new-tokens", "5"]
+    main(["generate", *arguments, "--stop", "never", "Ada had"])
+    assert capsys.readouterr().out.startswith("Ada had")
+
+
+def test_a_reference_leaves_the_raw_folder_alone(capsys, book, tmp_path):
+    flags = ["--out", tmp_path / "out", "--reference", book]
+    error = one_line(capsys, "curate", *flags, tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in error
+
+
+def test_generate_and_chat_open_a_model_alike(checkpoint, capsys, monkeypatch):
+    flags = ["--max-new-tokens", "20", "--temperature", "0"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    for command in (["generate", "--model", str(checkpoint)], ["chat", str(checkpoint)]):
+        for wrong, told in (
+            (["--dtype", "float12"], "There is no dtype 'float12'"),
+            (["--quantize", "int5"], "'int5'"),
+            (["--adapter", "nowhere"], "nowhere"),
+        ):
+            assert told in one_line(capsys, *command, *flags, *wrong)
+        main([*command, *flags, "--dtype", "bfloat16", "--quantize", "int8"])
 
 
 def test_every_setting_of_generate_is_a_flag(checkpoint, capsys):
@@ -548,12 +574,47 @@ def test_a_place_that_must_not_be_written(capsys, monkeypatch, book, tmp_path, c
         (["--seed", "-1"], "seed is -1, but must be at least 0"),
         (["--stop", ""], "A stop string is empty"),
         (["--device", "toaster"], "The device 'toaster' cannot be used here"),
+        (["--device", "meta"], "The device 'meta' cannot be used here"),
         (["--tokenizer", "nowhere.bin"], "no file nowhere.bin"),
         (["x" * 600], "the model's context holds 512, the answer included. Shorten the prompt"),
     ],
 )
 def test_settings_of_generate_that_cannot_be(capsys, checkpoint, flags, message):
     assert message in one_line(capsys, "generate", "--model", checkpoint, *flags)
+
+
+def test_a_chat_format_that_is_none(capsys, checkpoint):
+    error = one_line(capsys, "chat", checkpoint, "--chat-format", "nosuch")
+    assert "There is no chat format 'nosuch'" in error
+
+
+@pytest.mark.parametrize("train", [[], ["--train"]])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch-size 0", "batch_size is 0, but must be at least 1"),
+        ("--seq-len 0", "seq_len is 0, but must be at least 1"),
+        ("--device-memory 0", "device_memory is 0.0, but must be above 0"),
+        ("--device-memory -3", "device_memory is -3.0"),
+        ("--device-memory nan", "device_memory is nan"),
+        ("--tokens 1e12 --tokens-per-second 0", "tokens_per_second is 0.0, but must be above 0"),
+        ("--tflops -1", "tflops is -1.0"),
+        ("--utilization 0", "utilization is 0.0"),
+        ("--watts -1", "watts is -1.0"),
+        ("--tokens 0", "tokens is 0.0"),
+        ("--device foo", "There is no device 'foo'"),
+    ],
+)
+def test_settings_of_plan_that_cannot_be(capsys, train, flags, message):
+    assert message in one_line(capsys, "plan", "toy", *train, *flags.split())
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "llama2-7b-chat", "codellama-34b"])
+def test_a_model_of_meta_s_says_how_to_ask_for_it(capsys, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = complaint(capsys, "generate", "--model", name)
+    assert f"{name} is not fetched: Meta gives" in error
+    assert f"There is no {name}.gguf" in one_line(capsys, "generate", "--model", f"{name}.gguf")
 
 
 def test_a_model_that_is_none(capsys, checkpoint, tmp_path):

@@ -131,8 +131,11 @@ def test_a_session_with_a_checkpoint(feed, tmp_path):
         "a context of 256 tokens, chat format llama2. /help lists the commands."
     )
     assert any("(Saved 3 messages to" in line for line in first)
+    assert first[1].startswith("(That format is assumed: the vocabulary has no pieces of another")
     again = feed(tmp_path / "model", *settings, lines=["Ben?"])
-    assert again[1] == first[1]  # the same seed
+    assert again[2] == first[2]  # the same seed
+    settings += ["--chat-format", "llama2"]
+    assert feed(tmp_path / "model", *settings, lines=["Ben?"])[1] == first[2]
 
 
 def test_a_format_that_the_vocabulary_lacks_ends_with_one_text(feed, tmp_path, capsys):
