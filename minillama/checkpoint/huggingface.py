@@ -3,7 +3,8 @@
 config.json                    the sizes, under other names than Meta's
 model.safetensors              the weights; large models in parts, with model.safetensors.index.json
 pytorch_model.bin              the same in older folders, with pytorch_model.bin.index.json
-tokenizer.model, .json         SentencePiece's file, or that of the tokenizers library, or both
+tokenizer.model, .json         SentencePiece's file, or that of the tokenizers library, or both;
+                               transformers reads the latter, minillama rather the former
 tokenizer_config.json          which piece begins a text
 
 Two things differ from Meta's: the names, and the order of the rows of wq and wk. Their rotation
@@ -35,7 +36,9 @@ from minillama.checkpoint.weights import (
     n_bytes,
 )
 from minillama.config import LlamaConfig
-from minillama.tokenizer import Tokenizer
+from minillama.tokenizer import Tokenizer, Vocabulary
+from minillama.tokenizer.tokenizer_json import post_processor
+from minillama.tokenizer.vocabulary import SPACE, Kind
 
 CONFIG, WEIGHTS, PICKLE = "config.json", "model.safetensors", "pytorch_model.bin"
 SHARD_BYTES = 5 * 10**9  # of one file, at most; what many hosts of files take
@@ -202,6 +205,8 @@ def save_huggingface(
         _write_json(new / CONFIG, config_json(config, tokenizer, dtype))
         _write_json(new / "tokenizer_config.json", tokenizer_config_json(tokenizer))
         (new / tokenizer.file_name).write_bytes(tokenizer.to_bytes())
+        if isinstance(tokenizer, Vocabulary):
+            _write_json(new / "tokenizer.json", tokenizer_json(tokenizer))
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -254,15 +259,89 @@ def config_json(config: LlamaConfig, tokenizer: Tokenizer, dtype: str) -> dict[s
 
 
 def tokenizer_config_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of tokenizer_config.json, so that transformers makes the same ids of a text."""
-    is_sentencepiece = tokenizer.file_name == "tokenizer.model"
+    """The content of tokenizer_config.json: transformers is to read the tokenizer.json beside it.
+
+    Its own class for a LLaMA's tokenizer.model gives texts that start with a space other ids.
+    """
     named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     return {
-        "tokenizer_class": "LlamaTokenizer" if is_sentencepiece else "PreTrainedTokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],  # a Llama takes nothing else
         "add_bos_token": tokenizer.adds_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         **{name: tokenizer.pieces[i] for name, i in named.items() if i >= 0},
+    }
+
+
+def tokenizer_json(tokenizer: Vocabulary) -> dict[str, Any]:
+    """The content of a tokenizer.json that makes the same ids and texts as a tokenizer.model.
+
+    SentencePiece merges the two neighbours that make the piece with the best score; the tokenizers
+    library wants a list of such pairs, best first. Control pieces in a text become their ids there,
+    which ours never do, unless transformers is asked for ``split_special_tokens=True``.
+    """
+    ids = {piece: i for i, piece in enumerate(tokenizer.pieces)}
+    normal = {piece: i for piece, i in ids.items() if tokenizer.kinds[i] is Kind.NORMAL}
+    merges = [
+        (-tokenizer.scores[i], normal[piece[:cut]], normal[piece[cut:]])
+        for piece, i in normal.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    steps: list[dict[str, Any]] = [space]
+    if tokenizer.dummy_prefix:
+        steps = [{"type": "Prepend", "prepend": SPACE}, space]
+    if tokenizer.squeeze_spaces:
+        first, runs, last = (
+            {"type": "Replace", "pattern": {"Regex": regex}, "content": content}
+            for regex, content in ((r"\A +", ""), (" +", " "), (rf"{SPACE}+\z", ""))
+        )
+        steps = [first, runs, *steps, last]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": i,
+                "content": tokenizer.pieces[i],
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for i, kind in enumerate(tokenizer.kinds)
+            if kind in (Kind.UNKNOWN, Kind.CONTROL)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": None,
+        "post_processor": post_processor(
+            tokenizer.pieces, tokenizer.bos_id, tokenizer.eos_id, adds_bos=True
+        ),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": int(tokenizer.dummy_prefix), "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": tokenizer.pieces[0],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": [[tokenizer.pieces[a], tokenizer.pieces[b]] for _, a, b in sorted(merges)],
+        },
     }
 
 

@@ -1,9 +1,10 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small import small_config, small_llama, small_tokenizer
@@ -21,9 +22,11 @@ from minillama.checkpoint.huggingface import (
     pairs_from_halves,
     read_config,
     to_huggingface,
+    tokenizer_json,
 )
 from minillama.config import LlamaConfig
 from minillama.model import Llama
+from minillama.tokenizer import Tokenizer, Vocabulary
 
 
 def numbered_rows(n_rows: int) -> torch.Tensor:
@@ -145,13 +148,52 @@ def test_transformers_loads_what_we_save(tmp_path, shape):
     assert tied == model.config.tie_embeddings
 
 
-@pytest.mark.parametrize("text", ["Ada had a kite.", "", "two  spaces\n", "日本語 🦙", "<s>x</s>"])
-def test_transformers_makes_the_same_ids(folder, text):
+@pytest.fixture(scope="module", params=["as it is", "squeezed", "without a prefix"])
+def tokenizers(request, tmp_path_factory) -> tuple[Tokenizer, Any]:
+    """One of ours, and the same in transformers."""
     import transformers
 
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = theirs(text, split_special_tokens=True).input_ids
-    assert ids == small_tokenizer().encode(text, bos=True)
+    changes = {"squeezed": {"squeeze_spaces": True}, "without a prefix": {"dummy_prefix": False}}
+    small = small_tokenizer()
+    vocabulary = Vocabulary(
+        small.pieces, small.scores, small.kinds, **changes.get(request.param, {})
+    )
+    ours, path = Tokenizer(vocabulary.to_proto()), tmp_path_factory.mktemp("hf") / "x"
+    save(path, sensible_llama(), ours, format="huggingface")
+    return ours, transformers.AutoTokenizer.from_pretrained(path)
+
+
+@given(text=st.text("adeh \n\t▁<s>é🦙", max_size=20))
+@settings(deadline=None, max_examples=100)
+@example(text="Ada had a kite.")
+@example(text="two  spaces\n")
+@example(text=" two")
+@example(text="  ")
+@example(text="<s>x</s>")
+@example(text="日本語")
+def test_transformers_makes_the_same_ids(tokenizers, text):
+    ours, theirs = tokenizers
+    made = theirs(text, split_special_tokens=True)
+    assert set(made) == {"input_ids", "attention_mask"}
+    assert made.input_ids == ours.encode(text, bos=True)
+
+
+@pytest.mark.parametrize("text", ["Ada had a kite.", " two  spaces\n", "日本語 🦙"])
+def test_transformers_reads_them_back(tokenizers, text):
+    ours, theirs = tokenizers
+    ids = ours.encode(text, bos=True, eos=True)
+    assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["llama2/tokenizer.model", "stories260K/tok512.model"])
+def test_real_vocabularies_as_a_tokenizer_json(assets, name):
+    import tokenizers
+
+    ours = Tokenizer(assets / name)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(ours)))
+    text = (assets / "tinyshakespeare.txt").read_text()[:20_000]
+    for some in (text, f"  {text}  ", " two", "a  b\n  c", "日本語 🦙\t\0"):
+        assert theirs.encode(some).ids == ours.encode(some, bos=True)
 
 
 @over_shapes
@@ -455,7 +497,7 @@ def test_a_failed_download_is_called_so(folder, name, content, reason):
 
 def test_of_two_tokenizers_the_one_that_fits_is_taken(folder):
     assert load(folder)[1].file_name == "tokenizer.model"
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")  # in place of the one for transformers
     assert load(folder)[1].file_name == "tokenizer.model"
     small_tokenizer(295).save(folder / "tokenizer.model")
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
