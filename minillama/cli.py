@@ -759,8 +759,8 @@ class Convert:
 
         if self.shards is not None and self.format != "meta":
             raise ValueError(
-                f"--shards is for --format meta, which has a file for each GPU. {self.format} is "
-                f"split where files would be too large."
+                f"--shards is for --format meta, which has a file for each GPU; leave it out for "
+                f"--format {self.format}."
             )
         options = {"shards": self.shards} if self.shards is not None else {}
         convert(
