@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from minillama.checkpoint.hub import local_path
 from minillama.checkpoint.huggingface import open_huggingface, save_huggingface
 from minillama.checkpoint.llama2c import load_tokenizer_bin, open_llama2c, save_llama2c
 from minillama.checkpoint.meta import open_meta, save_meta
-from minillama.checkpoint.native import open_native, save_native
+from minillama.checkpoint.native import PARAMS, open_native, save_native
+from minillama.checkpoint.peft import CONFIG as ADAPTER
 from minillama.checkpoint.weights import (
     Checkpoint,
     check_room,
@@ -120,7 +122,8 @@ def save(
     writer: `shards` of "meta", `version` of "llama2.c", `kind` of "gguf", `shard_bytes` of
     "huggingface". See `save_native` for what replaces what.
 
-    Raises ValueError for a format that cannot be written, or that has no place for this model;
+    Raises ValueError for a format that cannot be written, or has no such option, or no place for
+    this model;
     CheckpointError or OSError as `save_native` does.
     """
     _write(folder, checkpoint_of(model, Path(folder)), tokenizer, format, options)
@@ -142,11 +145,22 @@ def convert(
     in GGUF's, "int8" in llama2.c's. `options` are those of `save`.
 
     Raises what `open_checkpoint` and `save` raise, CheckpointError if `target` exists, and
-    ValueError for a kind of few bits that the format does not have.
+    ValueError for a kind of few bits, or a dtype, that the format or the source does not have.
     """
     check_new(Path(target))
     checkpoint = open_checkpoint(source)
     tok = open_tokenizer(checkpoint, tokenizer)
+    quantize = quantize.lower() if quantize else None
+    if dtype and checkpoint.quantization:
+        raise ValueError(
+            f"{checkpoint.path} holds weights in {checkpoint.quantization['kind']}, which have no "
+            f"other dtype. Leave dtype out; or convert the model that they were made of."
+        )
+    if dtype not in (None, torch.float32) and format == "llama2.c":
+        raise ValueError(
+            f"llama2.c holds float32, or int8 with quantize, and no {dtype}. Leave dtype out, or "
+            f"write another format."
+        )
     if quantize and format == "native":
         check_room(checkpoint, "cpu", dtype, quantize)
         model = llama_from(checkpoint, "cpu", dtype, quantize)
@@ -160,7 +174,7 @@ def convert(
             f"{format} has no weights in {quantize!r}. Few bits are possible in native (int8, "
             f"int4, nf4), gguf (q8_0) and llama2.c (int8)."
         )
-    if dtype and not checkpoint.quantization:
+    if dtype:
         weights = {
             name: converted(stored, dtype, name) for name, stored in checkpoint.weights.items()
         }
@@ -194,6 +208,12 @@ def _write(
             f"which {format} cannot hold. Save them as native; or convert the model that they were "
             f"made of."
         )
+    known = list(signature(writer).parameters)[3:]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(
+            f"{format} is not written with {', '.join(unknown)}: its options are "
+            f"{', '.join(known) or 'none'}."
+        )
     check_vocabulary(checkpoint.config, tokenizer)
     writer(Path(path), checkpoint, tokenizer, **options)
 
@@ -215,6 +235,11 @@ def _open_folder(path: Path) -> Checkpoint:
         return open_meta(path)
     if "config.json" in names or any(name.startswith("pytorch_model") for name in names):
         return open_huggingface(path)
+    if ADAPTER in names and PARAMS not in names:
+        raise CheckpointError(
+            f"{path} is an adapter, which changes a model and is none. Name the model that it was "
+            f"trained on, and the adapter beside it: --model BASE --adapter {path}."
+        )
     return open_native(path)
 
 

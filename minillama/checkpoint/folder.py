@@ -121,6 +121,18 @@ def check_new(path: Path) -> None:
         )
 
 
+def check_holds_only(folder: Path, files: Iterable[str], what: str) -> None:
+    """Raises CheckpointError if `what` is to replace a folder that holds anything but `files`."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    foreign = sorted(path.name for path in found if path.name not in files)
+    if foreign or (os.path.lexists(folder) and not folder.is_dir()):
+        raise CheckpointError(
+            f"{folder} is not replaced by {what}: "
+            f"{'it holds ' + ', '.join(foreign[:3]) if foreign else 'it is a file'}, which would "
+            f"be lost. Name a new or an empty folder."
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError, naming the file, if there is none."""
     try:

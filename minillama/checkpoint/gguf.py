@@ -137,7 +137,7 @@ def save_gguf(
     """
     gguf = _library()
     if kind is not None:
-        known_name("kind of GGUF tensors", kind, KINDS)
+        kind = known_name("kind of GGUF tensors", kind.upper(), KINDS)
     config = checkpoint.config
     weights = {name: checkpoint.weights[_meta_name(name)] for name in _gguf_names(config)}
     kinds = {name: _kind_of(stored, kind) for name, stored in weights.items()}

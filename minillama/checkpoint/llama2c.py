@@ -307,7 +307,10 @@ def _config(
             tie_embeddings=tied,
         )
     except (ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} is no llama2.c model: {error}") from error
+        raise CheckpointError(
+            f"{path} is neither GGUF nor a model of llama2.c, or its header is damaged. Read as "
+            f"llama2.c's, it cannot be: {error}"
+        ) from error
 
 
 def _layout(config: LlamaConfig, names: list[str]) -> Iterator[str]:

@@ -10,7 +10,14 @@ import json
 import os
 from pathlib import Path
 
-from minillama.checkpoint.folder import SUMS, CheckpointError, read_json, verify_sums, writing
+from minillama.checkpoint.folder import (
+    SUMS,
+    CheckpointError,
+    check_holds_only,
+    read_json,
+    verify_sums,
+    writing,
+)
 from minillama.checkpoint.safetensors import open_safetensors, save_safetensors
 from minillama.checkpoint.weights import (
     Checkpoint,
@@ -95,11 +102,4 @@ def open_native(folder: str | os.PathLike[str]) -> Checkpoint:
 
 def check_replaceable(folder: Path) -> None:
     """Raises CheckpointError if a checkpoint saved at `folder` would delete anything else."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    foreign = sorted(path.name for path in found if path.name not in (*FILES, TOKENIZER_JSON))
-    if foreign or (folder.exists() and not folder.is_dir()):
-        raise CheckpointError(
-            f"{folder} is not replaced by a checkpoint: "
-            f"{'it holds ' + ', '.join(foreign[:3]) if foreign else 'it is a file'}, "
-            f"which would be lost. Name a new or an empty folder."
-        )
+    check_holds_only(folder, (*FILES, TOKENIZER_JSON), "a checkpoint")

@@ -22,6 +22,7 @@ from minillama.adapt.lora import Adapter, LowRank, target_shapes
 from minillama.checkpoint.folder import (
     SUMS,
     CheckpointError,
+    check_holds_only,
     interrupted_save,
     read_json,
     verify_sums,
@@ -82,7 +83,7 @@ def save_adapter(
     if it cannot be written. Shown in notebooks/18_lora.ipynb.
     """
     folder = Path(folder)
-    _check_replaceable(folder)
+    check_holds_only(folder, (CONFIG, WEIGHTS, SUMS), "an adapter")
     tensors = {}
     for name, low in adapter.layers.items():
         b = _reordered(name, low.b, config, halves_from_pairs)
@@ -268,18 +269,6 @@ def _check_shapes(
                 f"model and the config need {needed.get(name, 'none')}. The adapter was made for "
                 f"another model, or adapts some of its layers only, which minillama does not."
             )
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Raises CheckpointError if an adapter saved at `folder` would delete anything else."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    foreign = sorted(path.name for path in found if path.name not in (CONFIG, WEIGHTS, SUMS))
-    if foreign or (folder.exists() and not folder.is_dir()):
-        raise CheckpointError(
-            f"{folder} is not replaced by an adapter: "
-            f"{'it holds ' + ', '.join(foreign[:3]) if foreign else 'it is a file'}, which would "
-            f"be lost. Name a new or an empty folder."
-        )
 
 
 def _reordered(

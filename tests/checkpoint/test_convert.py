@@ -8,7 +8,10 @@ import torch
 from small import small_llama, small_tokenizer
 
 from minillama import Llama, cli, generate, load, save
+from minillama.adapt.lora import new_adapter
 from minillama.checkpoint import CheckpointError, convert, folder, load_config, open_checkpoint
+from minillama.checkpoint.peft import save_adapter
+from minillama.config import LoRAConfig
 
 # dim 64 splits into 8; 16 heads on 8 (groups of 2), or on 2 (groups of 8)
 SHAPES = {
@@ -125,6 +128,41 @@ def test_few_bits_in_formats_that_have_none(tmp_path, format):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("name", ["Q8_0", "q8_0"])
+def test_a_kind_may_be_written_as_llama_cpp_writes_it(tmp_path, name):
+    model = varied(hidden_dim=192)
+    save(tmp_path / "a", model, small_tokenizer(304))
+    convert(tmp_path / "a", tmp_path / "b", "gguf", quantize=name)
+    save(tmp_path / "c", model, small_tokenizer(304), "gguf", kind=name)
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+
+
+@pytest.mark.parametrize("target", ["native", "llama2.c"])
+def test_a_dtype_that_cannot_be_is_refused(tmp_path, target):
+    save(tmp_path / "plain", varied(), small_tokenizer(304))
+    convert(tmp_path / "plain", tmp_path / "int8", "native", quantize="int8")
+    source = "int8" if target == "native" else "plain"
+    message = {"native": "weights in int8, which have no other", "llama2.c": "holds float32, or"}
+    with pytest.raises(ValueError, match=message[target]):
+        convert(tmp_path / source, tmp_path / "x" / "y", target, dtype=torch.float16)
+    assert not (tmp_path / "x").exists()
+    convert(tmp_path / "plain", tmp_path / "x" / "z", target, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "message"),
+    [
+        ("gguf", {"shards": 2}, "gguf is not written with shards: its options are kind"),
+        ("native", {"kind": "F16"}, "native is not written with kind: its options are none"),
+        ("meta", {"version": 1}, "with version: its options are shards"),
+    ],
+)
+def test_options_are_those_of_the_format(tmp_path, format, options, message):
+    with pytest.raises(ValueError, match=message):
+        save(tmp_path / "x", varied(), small_tokenizer(304), format, **options)
+    assert not (tmp_path / "x").exists()
+
+
 # --- Nothing is lost -----------------------------------------------------------------------------
 
 
@@ -227,6 +265,21 @@ def test_one_file_of_a_folder_leads_to_the_folder(tmp_path, file, content):
         CheckpointError, match=rf"{file} is one file of a checkpoint.*: name {tmp_path}"
     ):
         load(tmp_path / file)
+
+
+def test_a_text_is_neither_gguf_nor_llama2c(tmp_path):
+    (tmp_path / "notes.txt").write_text("Remember that a model is no text. " * 10)
+    message = r"notes\.txt is neither GGUF nor a model of llama2\.c, or its header is damaged"
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "notes.txt")
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    config = small_llama().config
+    adapter = new_adapter(config, LoRAConfig(rank=2), torch.Generator())
+    save_adapter(tmp_path / "a", adapter, config)
+    with pytest.raises(CheckpointError, match=rf"a is an adapter.*BASE --adapter {tmp_path / 'a'}"):
+        load(tmp_path / "a")
 
 
 def test_an_unknown_format_suggests_the_nearest(tmp_path):
