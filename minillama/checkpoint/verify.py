@@ -1,10 +1,11 @@
 """Whether a checkpoint is whole: everything that can be known without running the model."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from minillama.checkpoint import open_checkpoint, open_tokenizer
+from minillama.checkpoint.fetch import CATALOGUE, RemoteFile
 from minillama.checkpoint.folder import (
     SUMS,
     CheckpointError,
@@ -23,14 +24,18 @@ def verify(
 ) -> Iterator[str]:
     """Check all of a checkpoint of any format; yields a line for each thing that is right.
 
-    The sums that lie beside it, of whole files: SHA256SUMS, or Meta's checklist.chk. That names and
-    shapes of the tensors are the config's, that every number is finite, and that the tokenizer has
-    the model's vocabulary. All weights are read, one at a time.
+    The sums of whole files: SHA256SUMS or Meta's checklist.chk beside it, or those of a model that
+    is named as in `minillama fetch`. That names and shapes of the tensors are the config's, that
+    every number is finite, and that the tokenizer has the model's vocabulary. All weights are read,
+    one at a time.
 
     Raises what `open_checkpoint` raises, and CheckpointError for the first thing that is wrong; a
     download that failed is told apart from a file that was changed.
     """
+    of_catalogue = not Path(path).exists() and CATALOGUE.get(os.fspath(path))
     path = local_path(path)
+    if of_catalogue:
+        yield _verify_fetched(path if path.is_dir() else path.parent, of_catalogue.files)
     lists = [path / SUMS, path / CHECKLIST, *(p / TOKENIZER_LIST for p in (path, path.parent))]
     sums = [place for place in lists if path.is_dir() and place.is_file()]
     for place in sums:
@@ -42,13 +47,25 @@ def verify(
         f"of width {config.dim}: {config.n_parameters:,} parameters in {_precision(checkpoint)}."
     )
     _check_finite(checkpoint)
-    total = sum(map(n_bytes, checkpoint.weights.values()))
-    yield f"All numbers are finite, in {total / 1e6:,.1f} MB of weights."
-    if not sums:
+    total, stored = sum(map(n_bytes, checkpoint.weights.values())), _packed_bytes(checkpoint)
+    packed = f" ({stored / 1e6:,.1f} MB in the file)" if stored else ""
+    yield f"All numbers are finite, in {total / 1e6:,.1f} MB of weights{packed}."
+    if not sums and not of_catalogue:
         yield "No sums lie beside it: a number that was changed may look like any other."
     tok = open_tokenizer(checkpoint, tokenizer)
     check_vocabulary(config, tok)
     yield f"The tokenizer has {tok.vocab_size:,} tokens, as many as the embeddings have rows."
+
+
+def _verify_fetched(folder: Path, files: Iterable[RemoteFile]) -> str:
+    names = [file.name for file in files]
+    for file in files:
+        if checksum(folder / file.name) != file.sha256:
+            raise CheckpointError(
+                f"{folder / file.name} is damaged or was changed: its SHA-256 is not the one of "
+                f"`minillama fetch`. Delete it, and fetch it again."
+            )
+    return f"{', '.join(names)} in {folder}: the SHA-256 is the one of `minillama fetch`."
 
 
 def _verify_sums(place: Path) -> str:
@@ -105,4 +122,11 @@ def _check_finite(checkpoint: Checkpoint) -> None:
 def _precision(checkpoint: Checkpoint) -> str:
     if checkpoint.quantization:
         return str(checkpoint.quantization["kind"])
-    return str(main_dtype(checkpoint)).removeprefix("torch.")
+    dtype = str(main_dtype(checkpoint)).removeprefix("torch.")
+    return f"few bits, read as {dtype}" if _packed_bytes(checkpoint) else dtype
+
+
+def _packed_bytes(checkpoint: Checkpoint) -> int:
+    """The bytes of a file that holds its numbers in few bits (GGUF's Q types, llama2.c's v2)."""
+    n_file = checkpoint.path.stat().st_size if checkpoint.path.is_file() else 0
+    return n_file if n_file < sum(map(n_bytes, checkpoint.weights.values())) else 0

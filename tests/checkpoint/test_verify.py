@@ -1,4 +1,5 @@
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from small import small_llama, small_tokenizer
 
 from minillama import cli, save
 from minillama.checkpoint import CheckpointError, native
-from minillama.checkpoint.folder import SUMS, write_sums
+from minillama.checkpoint.fetch import CATALOGUE, Model, RemoteFile
+from minillama.checkpoint.folder import SUMS, checksum, write_sums
 from minillama.checkpoint.meta import CHECKLIST
 from minillama.checkpoint.verify import verify
 
@@ -147,6 +149,34 @@ def test_a_checklist_leads_nowhere_else(release):
     (release / CHECKLIST).write_text(f"{'0' * 32}  ../secret\n")
     with pytest.raises(CheckpointError, match=rf"{release / 'secret'} is missing"):
         list(verify(release))
+
+
+def test_a_fetched_model_has_the_sums_of_the_catalogue(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINILLAMA_CACHE", str(tmp_path))
+    path = saved(tmp_path / "small.en", "gguf")
+    file = RemoteFile(path.name, "https://x.org", path.stat().st_size, checksum(path))
+    model = Model(about="", parameters=1, licence="", files=(file,), opens=path.name)
+    monkeypatch.setitem(CATALOGUE, "small.en", model)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    text = "\n".join(verify("small.en"))
+    assert "model.bin in" in text
+    assert "the SHA-256 is the one of `minillama fetch`" in text
+    assert "No sums" not in text
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.bin is damaged .* fetch it again"):
+        list(verify("small.en"))
+
+
+@pytest.mark.parametrize("options", [("llama2.c", {"version": 2}), ("gguf", {"kind": "q8_0"})])
+def test_few_bits_in_a_file_are_called_so(tmp_path, options):
+    path = tmp_path / "model.bin"
+    save(path, small_llama(), small_tokenizer(), options[0], **options[1])
+    text = "\n".join(verify(path))
+    assert "parameters in few bits, read as float32." in text
+    assert re.search(r"in 0\.2 MB of weights \(0\.\d MB in the file\)\.", text)
 
 
 # --- On the command line -------------------------------------------------------------------------
