@@ -763,10 +763,10 @@ for name, n_bytes in plan.parts.items():
 print(f"{'together':12} {plan.peak / 2**30:5.1f} GiB, at the worst moment: the {plan.worst}")
 
 # %% [markdown]
-# (Copies are the weights in 16 bits, for the products. In the worst moment the backward pass is in
-# the first block: all gradients are there, and the activations of the other blocks are gone.) That
-# is more than the 80 GB of an A100, and most of it has nothing to do with the text. So even a 7B is
-# trained on many GPUs that share all of this (notebook 19).
+# (Copies are the weights in 16 bits, for the products. In the worst moment the backward pass has
+# come to its end: all gradients are there, and the activations are gone.) That is more than the
+# 80 GB of an A100, and most of it has nothing to do with the text. So even a 7B is trained on many
+# GPUs that share all of this (notebook 19).
 #
 # ## Sixteen bits
 #
