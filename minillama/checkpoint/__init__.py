@@ -140,7 +140,8 @@ def convert(
 ) -> None:
     """Write a checkpoint in another format, with one tensor in memory at a time.
 
-    In the source's own dtype, where `dtype` is None, the numbers are the same to the bit.
+    In the source's own dtype, where `dtype` is None, the numbers are the same to the bit. A chat
+    template goes from GGUF and Hugging Face's folders to either; the others have no place for it.
     `quantize` puts the matrices into few bits: "int8", "int4" or "nf4" in the native format, "q8_0"
     in GGUF's, "int8" in llama2.c's. `options` are those of `save`.
 

@@ -31,6 +31,7 @@ _HEADER_LIMIT = 1 << 25  # bytes; a vocabulary of 256,000 pieces fills a third o
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _NUMBERS[12] = "d"
 _STRING, _ARRAY = 8, 9
+_CHAT_TEMPLATE = "tokenizer.chat_template"
 _LENGTH = struct.Struct("<Q")  # stands before a string
 
 # The types of tensors that can be read: ours as they are, the others as float32.
@@ -116,7 +117,14 @@ def open_gguf(file: str | os.PathLike[str]) -> Checkpoint:
             return Tokenizer.from_gguf(metadata)
 
     embedded = "tokenizer.ggml.model" in metadata
-    return Checkpoint(config, weights, tokenizer if embedded else None, path)
+    template = metadata.get(_CHAT_TEMPLATE)
+    return Checkpoint(
+        config,
+        weights,
+        tokenizer if embedded else None,
+        path,
+        chat_template=template if isinstance(template, str) else None,
+    )
 
 
 def save_gguf(
@@ -149,6 +157,8 @@ def save_gguf(
     metadata["llama.rope.dimension_count"] = config.head_dim
     metadata["general.file_type"] = _FILE_TYPES[kinds["token_embd.weight"]]
     metadata["general.quantization_version"] = gguf.GGML_QUANT_VERSION
+    if checkpoint.chat_template is not None:
+        metadata[_CHAT_TEMPLATE] = checkpoint.chat_template
 
     with writing(Path(path), sum(map(math.prod, shapes.values())), replacing_file) as new:
         writer = gguf.GGUFWriter(new, "llama")  # which adds general.architecture

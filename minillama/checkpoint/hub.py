@@ -26,6 +26,7 @@ _WEIGHTS = (
     r"consolidated\.\d+\.pth",
 )
 _BESIDE = {
+    "chat_template.jinja",
     "checklist.chk",
     "config.json",
     "generation_config.json",

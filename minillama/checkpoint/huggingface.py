@@ -41,6 +41,7 @@ from minillama.tokenizer.tokenizer_json import post_processor
 from minillama.tokenizer.vocabulary import SPACE, Kind
 
 CONFIG, WEIGHTS, PICKLE = "config.json", "model.safetensors", "pytorch_model.bin"
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 SHARD_BYTES = 5 * 10**9  # of one file, at most; what many hosts of files take
 
 _LAYER_NAMES = {
@@ -168,7 +169,13 @@ def open_huggingface(folder: str | os.PathLike[str]) -> Checkpoint:
         if name == "output.weight" and config.tie_embeddings:
             continue  # transformers ties the head to the embeddings, whatever the file has for it
         weights[name] = _reordered(name, stored, config, pairs_from_halves)
-    return Checkpoint(config, weights, _tokenizer(folder, config), folder)
+    return Checkpoint(
+        config,
+        weights,
+        _tokenizer(folder, config),
+        folder,
+        chat_template=_chat_template(folder),
+    )
 
 
 def save_huggingface(
@@ -203,7 +210,9 @@ def save_huggingface(
             _write_json(new / f"{WEIGHTS}.index.json", index_)
         dtype = str(main_dtype(checkpoint)).removeprefix("torch.")
         _write_json(new / CONFIG, config_json(config, tokenizer, dtype))
-        _write_json(new / "tokenizer_config.json", tokenizer_config_json(tokenizer))
+        template = checkpoint.chat_template
+        named = {} if template is None else {"chat_template": template}
+        _write_json(new / TOKENIZER_CONFIG, tokenizer_config_json(tokenizer) | named)
         (new / tokenizer.file_name).write_bytes(tokenizer.to_bytes())
         if isinstance(tokenizer, Vocabulary):
             _write_json(new / "tokenizer.json", tokenizer_json(tokenizer))
@@ -462,6 +471,16 @@ def _tokenizer(folder: Path, config: LlamaConfig) -> Callable[[], Tokenizer] | N
         return tokenizer
 
     return choose if found else None
+
+
+def _chat_template(folder: Path) -> str | None:
+    """From a file of its own, or, in older folders, from among the tokenizer's settings."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8", errors="replace")
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        return None
+    template = read_json(folder / TOKENIZER_CONFIG).get("chat_template")
+    return template if isinstance(template, str) else None  # a list: several, by name
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -158,7 +158,8 @@ class Checkpoint:
     `weights` are under Meta's names and in Meta's order of the rows of wq and wk; a tied head has
     no `output.weight`. `tokenizer` opens the tokenizer that comes with them; None if none does.
     Where `quantization` says how (`adapt.quantize.quantization_of`), the linear layers are in few
-    bits, and `weights` hold their codes and scales.
+    bits, and `weights` hold their codes and scales. `chat_template` is a program, in Jinja, that
+    came with the model: it is passed on to the formats that have a place for it, and never run.
 
     Raises CheckpointError, naming `path`, unless names, shapes and dtypes make a model of `config`.
     """
@@ -168,6 +169,7 @@ class Checkpoint:
     tokenizer: Callable[[], Tokenizer] | None
     path: Path
     quantization: dict[str, Any] | None = None
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         found = {name: stored.shape for name, stored in self.weights.items()}

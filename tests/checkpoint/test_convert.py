@@ -1,6 +1,7 @@
 """Any format into any other, to the bit."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from small import small_llama, small_tokenizer
 from minillama import Llama, cli, generate, load, save
 from minillama.adapt.lora import new_adapter
 from minillama.checkpoint import CheckpointError, convert, folder, load_config, open_checkpoint
+from minillama.checkpoint.huggingface import CHAT_TEMPLATE, save_huggingface
 from minillama.checkpoint.peft import save_adapter
+from minillama.checkpoint.weights import checkpoint_of
 from minillama.config import LoRAConfig
 
 # dim 64 splits into 8; 16 heads on 8 (groups of 2), or on 2 (groups of 8)
@@ -161,6 +164,27 @@ def test_options_are_those_of_the_format(tmp_path, format, options, message):
     with pytest.raises(ValueError, match=message):
         save(tmp_path / "x", varied(), small_tokenizer(304), format, **options)
     assert not (tmp_path / "x").exists()
+
+
+TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }} 🦙\n{% endfor %}"
+
+
+def test_a_chat_template_is_passed_on_as_it_is(tmp_path):
+    import transformers
+
+    checkpoint = replace(checkpoint_of(varied(), tmp_path), chat_template=TEMPLATE)
+    save_huggingface(tmp_path / "hf", checkpoint, small_tokenizer(304))
+    convert(tmp_path / "hf", tmp_path / "x.gguf", "gguf")
+    assert open_checkpoint(tmp_path / "x.gguf").chat_template == TEMPLATE
+    convert(tmp_path / "x.gguf", tmp_path / "back", "huggingface")
+    assert open_checkpoint(tmp_path / "back").chat_template == TEMPLATE
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert theirs.chat_template == TEMPLATE
+    theirs.save_pretrained(tmp_path / "back")  # puts it into a file of its own
+    assert (tmp_path / "back" / CHAT_TEMPLATE).is_file()
+    assert open_checkpoint(tmp_path / "back").chat_template == TEMPLATE
+    convert(tmp_path / "back", tmp_path / "native", "native")
+    assert open_checkpoint(tmp_path / "native").chat_template is None
 
 
 # --- Nothing is lost -----------------------------------------------------------------------------
