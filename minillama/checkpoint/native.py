@@ -23,13 +23,12 @@ from minillama.checkpoint.weights import (
     Checkpoint,
     check_vocabulary,
     config_of,
-    model_from,
     n_bytes,
     parameter_shapes,
 )
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["check_vocabulary", "model_from", "open_native", "parameter_shapes", "save_native"]
+__all__ = ["open_native", "parameter_shapes", "save_native"]
 
 PARAMS, WEIGHTS, TOKENIZER = SUMMED = ("params.json", "model.safetensors", "tokenizer.model")
 FILES = (*SUMMED, SUMS)

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from minillama.checkpoint import CheckpointError, save
-from minillama.checkpoint.native import check_replaceable, check_vocabulary, model_from
+from minillama.checkpoint.native import check_replaceable
+from minillama.checkpoint.weights import check_vocabulary, model_from
 from minillama.config import LlamaConfig, RunConfig, TrainingConfig, override, read_toml
 from minillama.data.mixture import Batches
 from minillama.data.packing import as_batch, open_rows, write_tokens
