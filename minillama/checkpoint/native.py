@@ -24,11 +24,8 @@ from minillama.checkpoint.weights import (
     check_vocabulary,
     config_of,
     n_bytes,
-    parameter_shapes,
 )
 from minillama.tokenizer import Tokenizer
-
-__all__ = ["open_native", "parameter_shapes", "save_native"]
 
 PARAMS, WEIGHTS, TOKENIZER = SUMMED = ("params.json", "model.safetensors", "tokenizer.model")
 FILES = (*SUMMED, SUMS)

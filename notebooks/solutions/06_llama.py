@@ -34,7 +34,7 @@ def sizes_of(shapes, head_dim):
 
 # %% tags=["exercise-3"]
 from minillama.checkpoint.huggingface import huggingface_name, pairs_from_halves
-from minillama.checkpoint.native import parameter_shapes
+from minillama.checkpoint.weights import parameter_shapes
 
 
 def from_huggingface(theirs, config):

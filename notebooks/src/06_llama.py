@@ -658,7 +658,7 @@ def sizes_of(shapes, head_dim):
 
 
 # %% tags=["check-2", "raises-exception"]
-from minillama.checkpoint.native import parameter_shapes
+from minillama.checkpoint.weights import parameter_shapes
 
 for name in ("tiny", "llama2-7b", "llama2-34b"):
     config = LlamaConfig.preset(name)
