@@ -474,7 +474,7 @@ model, _ = load(r"{tmp_path}/folder", quantize="{kind}", dtype=torch.bfloat16)
 print(resident("VmHWM") - before)
 """)
         # Beside them one matrix of 11.5 MB, what is computed of it, and holes that malloc leaves.
-        assert int(peak) < 1.1 * plan.parts["weights"] + 40e6, kind
+        assert int(peak) < 1.1 * plan.parts["weights"] + 50e6, kind
         assert int(peak) < 0.75 * 2 * model.config.n_parameters  # in 16 bits
 
 
