@@ -147,7 +147,7 @@ def alone(monkeypatch):
     monkeypatch.chdir(FOLDER)
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     plt.switch_backend("agg")
-    with plt.rc_context(), torch.random.fork_rng():
+    with plt.rc_context(), torch.random.fork_rng(), torch.enable_grad():
         yield
     torch.set_printoptions(profile="default")
 
