@@ -27,6 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from peers import bandwidth, litgpt_llama, transformers_llama, without_repacking
+
 SHAPES = {
     "S": {"dim": 288, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "hidden_dim": 768},
     "110M": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "hidden_dim": 2048},
@@ -88,7 +90,8 @@ def with_torch(name: str, options: argparse.Namespace):  # type: ignore[no-untyp
     torch.set_grad_enabled(False)
     if name.startswith("minillama"):
         return minillama(name, llama)
-    model = transformers_model(llama) if name == "transformers" else litgpt_model(llama)
+    theirs = transformers_llama if name == "transformers" else litgpt_llama
+    model = theirs(llama, CONTEXT).eval()
 
     def transformers(prompts: list[list[int]], n: int) -> tuple[list[int], float, float]:
         read = []
@@ -173,60 +176,6 @@ def minillama(name: str, llama):  # type: ignore[no-untyped-def]
     return run
 
 
-def transformers_model(llama):  # type: ignore[no-untyped-def]
-    from transformers import LlamaConfig as HFConfig
-    from transformers import LlamaForCausalLM
-
-    from minillama.checkpoint.huggingface import to_huggingface
-
-    config = llama.config
-    model = LlamaForCausalLM(
-        HFConfig(
-            hidden_size=config.dim,
-            intermediate_size=config.hidden_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=CONTEXT,
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-        )
-    ).eval()
-    weights = to_huggingface(llama.state_dict(), config)
-    weights.pop("lm_head.weight", None)
-    model.load_state_dict(weights, strict=False)
-    model.tie_weights()
-    return model
-
-
-def litgpt_model(llama):  # type: ignore[no-untyped-def]
-    from litgpt import GPT, Config
-
-    config = llama.config
-    model = GPT(
-        Config(
-            block_size=CONTEXT,
-            padded_vocab_size=config.vocab_size,
-            vocab_size=config.vocab_size,
-            n_layer=config.n_layers,
-            n_head=config.n_heads,
-            n_query_groups=config.n_kv_heads,
-            n_embd=config.dim,
-            intermediate_size=config.hidden_dim,
-            rotary_percentage=1.0,
-            parallel_residual=False,
-            bias=False,
-            norm_class_name="RMSNorm",
-            mlp_class_name="LLaMAMLP",
-            norm_eps=config.norm_eps,
-        )
-    ).eval()
-    model.lm_head.weight = model.transformer.wte.weight  # its own numbers: the speed is the same
-    return model
-
-
 def llama_cpp(name: str, options: argparse.Namespace):  # type: ignore[no-untyped-def]
     import llama_cpp
 
@@ -265,32 +214,6 @@ def write_gguf(folder: str, options: argparse.Namespace) -> None:
     for kind in ("F32", "Q8_0"):
         path = Path(folder) / f"{kind}.gguf"
         save(path, llama, Tokenizer(options.tokenizer), format="gguf", kind=kind)
-
-
-def without_repacking() -> None:
-    """Have llama.cpp leave the weights in the order of their file."""
-    from llama_cpp import llama_cpp
-
-    defaults = llama_cpp.llama_model_default_params
-
-    def plain():  # type: ignore[no-untyped-def]
-        options = defaults()
-        options.use_extra_bufts = False
-        return options
-
-    llama_cpp.llama_model_default_params = plain
-
-
-def bandwidth() -> float:
-    """Bytes a second that are read from memory, at best."""
-    import torch
-
-    numbers, best = torch.ones(2**27), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        numbers.sum()
-        best = max(best, numbers.nbytes / (time.perf_counter() - start))
-    return best
 
 
 def main() -> None:

@@ -22,6 +22,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from peers import bandwidth, without_repacking
+
 PROMPT = list(range(100, 108))
 BITS = {"bfloat16": 16, "float16": 16, "int8": 8, "int4": 5, "Q8_0": 8.5, "Q4_0": 4.5}
 CONTESTANTS = [
@@ -173,32 +175,6 @@ def llama_cpp(kind: str, folder: Path):  # type: ignore[no-untyped-def]
         return model.sample(temp=0.0)
 
     return go_on, lambda token: go_on([token])
-
-
-def without_repacking() -> None:
-    """Have llama.cpp leave the weights in the order of their file."""
-    from llama_cpp import llama_cpp
-
-    defaults = llama_cpp.llama_model_default_params
-
-    def plain():  # type: ignore[no-untyped-def]
-        options = defaults()
-        options.use_extra_bufts = False
-        return options
-
-    llama_cpp.llama_model_default_params = plain
-
-
-def bandwidth() -> float:
-    """Bytes a second that are read from memory, at best."""
-    import torch
-
-    numbers, best = torch.ones(2**27), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        numbers.sum()
-        best = max(best, numbers.nbytes / (time.perf_counter() - start))
-    return best
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 
+from peers import litgpt_llama, transformers_llama
+
 from minillama.config import LlamaConfig
 from minillama.plan import forward_flops
 
@@ -97,58 +99,13 @@ def peer(name: str, llama):  # type: ignore[no-untyped-def]
     import torch
     from torch import nn
 
-    config = llama.config
     if name == "transformers":
-        from transformers import LlamaConfig as HFConfig
-        from transformers import LlamaForCausalLM
-
-        from minillama.checkpoint.huggingface import to_huggingface
-
-        model = LlamaForCausalLM(
-            HFConfig(
-                hidden_size=config.dim,
-                intermediate_size=config.hidden_dim,
-                num_hidden_layers=config.n_layers,
-                num_attention_heads=config.n_heads,
-                num_key_value_heads=config.n_kv_heads,
-                vocab_size=config.vocab_size,
-                max_position_embeddings=SEQ,
-                rms_norm_eps=config.norm_eps,
-                tie_word_embeddings=True,
-                use_cache=False,
-                attn_implementation="sdpa",
-            )
-        )
-        weights = to_huggingface(llama.state_dict(), config)
-        weights.pop("lm_head.weight", None)
-        model.load_state_dict(weights, strict=False)
-        model.tie_weights()
-        return model
-    from litgpt import GPT, Config
-
-    model = GPT(
-        Config(
-            block_size=SEQ,
-            padded_vocab_size=config.vocab_size,
-            vocab_size=config.vocab_size,
-            n_layer=config.n_layers,
-            n_head=config.n_heads,
-            n_query_groups=config.n_kv_heads,
-            n_embd=config.dim,
-            intermediate_size=config.hidden_dim,
-            rotary_percentage=1.0,
-            parallel_residual=False,
-            bias=False,
-            norm_class_name="RMSNorm",
-            mlp_class_name="LLaMAMLP",
-            norm_eps=config.norm_eps,
-        )
-    )
+        return transformers_llama(llama, SEQ, use_cache=False)
+    model = litgpt_llama(llama, SEQ)
     with torch.no_grad():
         for parameter in model.parameters():  # speed does not depend on the weights' values
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
-    model.lm_head.weight = model.transformer.wte.weight
     return model
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from small import small_config, small_llama, small_tokenizer
 from torch import Tensor
 from torch.testing import assert_close
+from transformers_llama import transformers_llama
 
 from minillama.checkpoint import CheckpointError
 from minillama.checkpoint.fetch import fetched
@@ -556,9 +557,6 @@ def test_smollm2_is_what_its_header_says(smollm2):
 @torch.inference_mode()
 def test_smollm2_says_what_transformers_says(smollm2):
     """The capital of France, and the same logits on the same dequantised weights."""
-    from transformers import LlamaConfig as TheirConfig
-    from transformers import LlamaForCausalLM
-
     ours, tokenizer = llama_of(smollm2), smollm2.tokenizer()
     tokens = torch.tensor([tokenizer.encode("The capital of France is")])
     logits = ours(tokens)
@@ -566,20 +564,7 @@ def test_smollm2_says_what_transformers_says(smollm2):
 
     c = smollm2.config
     with torch.device("meta"):
-        theirs = LlamaForCausalLM(
-            TheirConfig(
-                vocab_size=c.vocab_size,
-                hidden_size=c.dim,
-                intermediate_size=c.hidden_dim,
-                num_hidden_layers=c.n_layers,
-                num_attention_heads=c.n_heads,
-                num_key_value_heads=c.n_kv_heads,
-                rms_norm_eps=c.norm_eps,
-                max_position_embeddings=c.max_seq_len,
-                rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-                tie_word_embeddings=True,
-            )
-        )
+        theirs = transformers_llama(c)
     theirs.load_state_dict(to_huggingface(ours.state_dict(), c), assign=True, strict=False)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
     assert_close(theirs.eval()(tokens).logits, logits, rtol=0, atol=1e-4)

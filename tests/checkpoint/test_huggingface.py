@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small import small_config, small_llama, small_tokenizer
 from torch.testing import assert_close
+from transformers_llama import transformers_llama
 
 from minillama import load, save
 from minillama.checkpoint import CheckpointError
@@ -200,24 +201,8 @@ def test_real_vocabularies_as_a_tokenizer_json(assets, name):
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"], ids=["whole", "sharded"])
 @torch.no_grad()
 def test_we_load_what_transformers_saves(tmp_path, shape, shard_size):
-    import transformers
-
     config = small_config(**shape)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=config.dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            intermediate_size=config.hidden_dim,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_embeddings,
-            initializer_range=0.2,
-        )
-    )
+    theirs = transformers_llama(config, initializer_range=0.2)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size=shard_size)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > (shard_size == "20KB")
     small_tokenizer().save(tmp_path / "hf" / "tokenizer.model")

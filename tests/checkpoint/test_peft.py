@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small import small_config, small_llama, small_tokenizer
 from torch.testing import assert_close
+from transformers_llama import transformers_copy
 
 from minillama.adapt.lora import Adapter, adapter_of, attach, merge, new_adapter
 from minillama.adapt.quantize import quantize
 from minillama.checkpoint import CheckpointError, load, save
-from minillama.checkpoint.huggingface import halves_from_pairs, to_huggingface
+from minillama.checkpoint.huggingface import halves_from_pairs
 from minillama.checkpoint.native import open_native, save_native
 from minillama.checkpoint.peft import CONFIG, WEIGHTS, load_adapter, merged, save_adapter
 from minillama.checkpoint.weights import checkpoint_of, llama_from
@@ -126,29 +127,6 @@ def test_the_files_by_hand(tmp_path):
     assert torch.equal(tensors[f"{layer}mlp.down_proj.lora_B.weight"], unchanged)
 
 
-def transformers_model(model: Llama):
-    import transformers  # takes seconds
-
-    config = model.config
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=config.dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            intermediate_size=config.hidden_dim,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_embeddings,
-            attn_implementation="eager",
-        )
-    ).eval()
-    theirs.load_state_dict(to_huggingface(model.state_dict(), config))
-    return theirs
-
-
 @each_model
 @torch.no_grad()
 def test_what_the_files_say_makes_transformers_model_ours(tmp_path, sizes):
@@ -156,7 +134,7 @@ def test_what_the_files_say_makes_transformers_model_ours(tmp_path, sizes):
     model = small_llama(**sizes, max_seq_len=64)
     adapter = trained(model.config, replace(EVERYTHING, targets=ADAPTABLE[:-1]))
     save_adapter(tmp_path / "a", adapter, model.config)
-    theirs, tensors = transformers_model(model), load_file(tmp_path / "a" / WEIGHTS)
+    theirs, tensors = transformers_copy(model), load_file(tmp_path / "a" / WEIGHTS)
     for name in {name.rpartition(".lora_")[0] for name in tensors}:
         change = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
         theirs.get_submodule(name.removeprefix("base_model.model.")).weight += 7.5 / 3 * change
@@ -174,7 +152,7 @@ def test_an_adapter_of_ours_gives_equal_logits_in_peft(tmp_path, lora, sizes):
     model = small_llama(**sizes)
     adapter = trained(model.config, lora)
     save_adapter(tmp_path / "a", adapter, model.config)
-    theirs = peft.PeftModel.from_pretrained(transformers_model(model), tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(transformers_copy(model), tmp_path / "a")
     with torch.no_grad():
         found = theirs(TOKENS).logits
     assert_close(found, logits(model, adapter), rtol=1e-5, atol=1e-5)
@@ -197,7 +175,7 @@ def test_an_adapter_of_peft_gives_equal_logits_here(tmp_path, lora, sizes):
         init_lora_weights=False,  # B is not 0
         task_type="CAUSAL_LM",
     )
-    theirs = peft.get_peft_model(transformers_model(model), config).eval()
+    theirs = peft.get_peft_model(transformers_copy(model), config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora_B" in name:

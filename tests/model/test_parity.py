@@ -10,8 +10,8 @@ import pytest
 import torch
 from random_llama import random_llama, random_tokens, small_config
 from torch.testing import assert_close
+from transformers_llama import transformers_copy
 
-from minillama.checkpoint.huggingface import to_huggingface
 from minillama.model import KVCache, Llama, RMSNorm
 
 CONFIGS = {
@@ -31,26 +31,7 @@ def metas_logits(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def transformers_logits(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
-    import transformers  # here, since it takes seconds: the tests on Meta's equations do without
-
-    config = model.config
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=config.dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            intermediate_size=config.hidden_dim,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_embeddings,
-            attn_implementation="eager",
-        )
-    ).eval()
-    theirs.load_state_dict(to_huggingface(model.state_dict(), config))
-    return theirs(tokens).logits
+    return transformers_copy(model)(tokens).logits
 
 
 @over_configs
