@@ -84,10 +84,8 @@ class PretrainingRun:
     """
 
     RESULT: ClassVar[str] = "checkpoint"  # what the folder holds at the end
-    _TABLES: ClassVar[tuple[str, ...]] = (
-        "model",
-        "shares",
-    )  # of config.toml: what a run is, beside its training
+    # Of config.toml: what a run is, beside its training.
+    _TABLES: ClassVar[tuple[str, ...]] = ("model", "shares")
 
     def __init__(
         self,

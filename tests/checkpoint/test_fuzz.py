@@ -308,7 +308,8 @@ def test_damage_is_refused_by_name_or_does_no_harm(found, name):
     assert not result["wrong"], "\n".join(result["wrong"])
     assert not result["canary"], "the pickle was executed"
     # A format without checksums cannot see a changed weight, but damage to headers is seen.
-    assert result["refused"] > result["loaded"] / 5
+    many = result["refused"] + result["loaded"] > 100  # of thirty cases, chance decides
+    assert result["refused"] > result["loaded"] / (2 if many else 5)
     assert result["slowest"] < 10  # seconds; on a busy machine, too
 
 
