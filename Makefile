@@ -36,6 +36,7 @@ notebooks: $(VENV)/dev  ## rebuild notebooks/*.ipynb, with outputs, from noteboo
 
 data: $(VENV)/core  ## rebuild data/ from the toy world's grammar, bit for bit
 	$(BIN)/python -m minillama.data.tales data
+	$(BIN)/python -m minillama.data.dialogues data
 
 toy: $(VENV)/core   ## train data/toy anew, the small model that the notebooks show
 	$(BIN)/minillama demo --out data/toy
