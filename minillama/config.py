@@ -161,7 +161,7 @@ def known_name(kind: str, name: str, names: Any) -> str:
         return name
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"There is no {kind} {name!r}.{hint} Known are: {', '.join(names)}.")
+    raise ValueError(f"There is no {kind} {name!r}.{hint} Known are: {', '.join(names) or 'none'}.")
 
 
 def _published(dim: int, n_layers: int, n_heads: int, **changes: Any) -> LlamaConfig:

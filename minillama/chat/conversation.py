@@ -52,7 +52,7 @@ class Conversation:
         Request("", max_new_tokens, sampling, seed)  # refuses what means nothing
         self.max_new_tokens, self.sampling, self.seed = max_new_tokens, sampling, seed
         self.compile = compile
-        self._end_id = end_of_answer(tokenizer, self.chat_format)
+        self._end_ids = [tokenizer.eos_id, end_of_answer(tokenizer, self.chat_format)]
         self.messages: list[Message] = []
         self.n_forgotten, self.cut_off = 0, False
         self.reset(system)
@@ -81,7 +81,7 @@ class Conversation:
         self.n_forgotten = len(messages) - len(kept)
         limit = min(self.max_new_tokens, context - len(ids))
         seed = None if self.seed is None else self.seed + len(messages)
-        request = Request(ids, limit, self.sampling, seed)
+        request = Request(ids, limit, self.sampling, seed, end_ids=self._end_ids)
         max_len = len(ids) + limit
         engine = Engine(self.model, self.tokenizer, 1, max_len=max_len, compile=self.compile)
         ticket = engine.submit(request)
@@ -91,8 +91,6 @@ class Conversation:
             try:
                 while engine.busy:
                     engine.step()
-                    if ticket.token_ids[-1:] == [self._end_id]:
-                        engine.cancel(ticket)
                     piece = ticket.read()
                     piece = piece if answer else piece.lstrip()
                     answer += piece

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minillama.config import Sampling
+from minillama.adapt.lora import Adapters
+from minillama.config import Sampling, known_name
 from minillama.generation.compiled import CompiledDecoder
 from minillama.generation.decoder import Decoder
 from minillama.generation.request import (
@@ -42,11 +43,14 @@ class Engine:
     With `compile`, one token of all rows is one compiled function (see `CompiledDecoder`): the
     first takes 10 to 30 seconds, the others are faster.
 
+    With `adapters`, which stand beside the model's layers, each request goes through the one that
+    it names, or through none.
+
     `max_len` limits prompt and answer together, in tokens; None is the model's context. The cache
     takes rows * max_len * config.cache_elements_per_token numbers, at once.
-    Raises ValueError for a tokenizer or draft of another model.
-    Source of continuous batching: Yu et al. 2022, sec. 3 (Orca, OSDI); of chunks: Agrawal et al.
-    2023 (arXiv:2308.16369). Built in notebooks/09_generation.ipynb.
+    Raises ValueError for a tokenizer or draft of another model, and for adapters together with
+    `compile`. Source of continuous batching: Yu et al. 2022, sec. 3 (Orca, OSDI); of chunks:
+    Agrawal et al. 2023 (arXiv:2308.16369). Built in notebooks/09_generation.ipynb.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Engine:
         draft: Llama | None = None,
         n_draft: int = 4,
         compile: bool = False,
+        adapters: Adapters | None = None,
     ) -> None:
         numbers = {
             "rows": rows,
@@ -83,7 +88,13 @@ class Engine:
                 f"n_draft is {n_draft}, but must be less than the {self.context} tokens of the "
                 f"context. 4 is a good number."
             )
+        if adapters is not None and compile:
+            raise ValueError(
+                "A compiled step has one function for all rows, while adapters differ from row to "
+                "row: leave out compile, or `merge` one adapter into the weights."
+            )
         self.tokenizer = tokenizer
+        self.adapters = adapters
         self.prefill_chunk = prefill_chunk
         self.n_draft = n_draft
         self._rows = rows
@@ -99,7 +110,12 @@ class Engine:
         return bool(self._running or self._reading or self._waiting)
 
     def submit(self, request: Request) -> Ticket:
-        """Take a request; the ticket tells how it goes. Raises ValueError as `Ticket` says."""
+        """Take a request; the ticket tells how it goes.
+
+        Raises ValueError as `Ticket` says, and for an adapter that the engine does not have.
+        """
+        if request.adapter is not None:
+            known_name("adapter", request.adapter, self.adapters.names if self.adapters else [])
         ticket = Ticket(request, self.tokenizer, self.context)
         self._waiting.append(ticket)
         return ticket
@@ -120,6 +136,7 @@ class Engine:
         """
         advanced = [*self._running]
         target, *draft = self._decoders
+        self._choose_adapters(self._running)
         if self._running and draft:
             speculate(target, draft[0], self._running, self.n_draft)
         elif self._running:
@@ -148,6 +165,7 @@ class Engine:
         first = len(self._running)
         start = self._decoders[0].lengths[first]
         chunk = [ticket.ids[start : start + self.prefill_chunk] for ticket in self._reading]
+        self._choose_adapters(self._reading)
         logits, *_ = [decoder.prefill(first, chunk) for decoder in self._decoders]
         if start + len(chunk[0]) < len(self._reading[0].ids):
             return []  # a long prompt, which is alone
@@ -155,6 +173,10 @@ class Engine:
         _take(ready, logits)
         self._running += ready
         return ready
+
+    def _choose_adapters(self, tickets: Sequence[Ticket]) -> None:
+        if self.adapters is not None:
+            self.adapters.choose([ticket.request.adapter for ticket in tickets])
 
     def _admit(self) -> None:
         """Choose whose prompts are read next: one, or several if they fit into one chunk."""

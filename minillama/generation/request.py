@@ -24,8 +24,8 @@ class Completion:
     """What the model wrote behind one prompt."""
 
     text: str  # without the prompt, and without the stop string
-    token_ids: list[int]  # as drawn, without EOS
-    finish_reason: FinishReason  # "stop": EOS or a stop string; "length": no more tokens allowed
+    token_ids: list[int]  # as drawn, without what ends it
+    finish_reason: FinishReason  # "stop": an id or string that ends it; "length": the limit
     logprobs: list[float] | None = None  # of the tokens, in nats, before penalty, temperature, cuts
     acceptance: float | None = None  # the share of a draft model's proposals that stood
 
@@ -34,6 +34,8 @@ class Completion:
 class Request:
     """One prompt, and how to go on with it; the settings mean what they mean in `generate`.
 
+    `end_ids` end the answer and are no part of it; None is the tokenizer's EOS alone, while a chat
+    also ends its answers with `end_of_answer`. `adapter` names one of the engine's adapters.
     Raises ValueError for settings that mean nothing.
     """
 
@@ -43,6 +45,8 @@ class Request:
     seed: int | None = None
     stop: str | Sequence[str] = ()
     logprobs: bool = False
+    end_ids: Sequence[int] | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         check_whole("max_new_tokens", self.max_new_tokens)
@@ -83,7 +87,8 @@ class Ticket:
         self.n_proposed = self.n_accepted = 0  # tokens of a draft model
         self._pieces: list[str] = []
         self._n_read = 0
-        self._eos_id = tokenizer.eos_id
+        end_ids = request.end_ids
+        self._end_ids = {tokenizer.eos_id} if end_ids is None else set(end_ids)
         self._decoder = tokenizer.decoder()
         for token in self.ids:  # the answer's first space is then not taken for the text's
             self._decoder.push(token)
@@ -116,7 +121,7 @@ class Ticket:
 
     def take(self, token: int, logits: Float[Tensor, " vocab"]) -> None:
         """Append a token that was drawn with these logits, or end the answer."""
-        if token == self._eos_id:
+        if token in self._end_ids:
             self.end("stop")
             return
         self.ids.append(token)

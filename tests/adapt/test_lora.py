@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import small_config, small_llama
+from small import small_config, small_llama, small_tokenizer
 from torch import nn
 from torch.testing import assert_close
 
@@ -26,6 +26,7 @@ from minillama.adapt.lora import (
 from minillama.adapt.quantize import quantize
 from minillama.config import ADAPTABLE, LoRAConfig, TrainingConfig
 from minillama.data.packing import Batch
+from minillama.generation import Engine, Request
 from minillama.generation.decoder import Decoder
 from minillama.model import Llama
 from minillama.plan import LINEARS, TrainingPlan, lora_parameters
@@ -469,3 +470,36 @@ def test_weights_gradients_and_moments_are_those_of_the_plan():
     optimizer.step()
     moments = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert plan.optimizer_state == sum(moment.nbytes for moment in moments)
+
+
+def test_an_engine_gives_each_request_its_adapter():
+    """Rows are read together, decoded together, move when others end, and wait for a place."""
+    names = ["everything", None, "queries", "head", "queries", None]
+    requests = [
+        Request(list(range(5, 8 + place)), 4 + 2 * place, adapter=name, end_ids=())
+        for place, name in enumerate(names)
+    ]
+    model = small_llama()
+    engine = Engine(model, small_tokenizer(), rows=3, adapters=Adapters(model, three()))
+    tickets = [engine.submit(request) for request in requests]
+    while engine.busy:
+        engine.step()
+    found = [ticket.token_ids for ticket in tickets]
+    for name, request, ids in zip(names, requests, found, strict=True):
+        alone = small_llama()
+        if name:
+            attach(alone, three()[name])
+        single = Engine(alone, small_tokenizer(), rows=1)
+        ticket = single.submit(replace(request, adapter=None))
+        while single.busy:
+            single.step()
+        assert ids == ticket.token_ids
+    assert found[2][:4] != found[5][:4]  # adapters matter
+
+
+def test_an_engine_refuses_adapters_it_does_not_have():
+    model = small_llama()
+    with pytest.raises(ValueError, match=r"no adapter 'head'.*Known are: none"):
+        Engine(model, small_tokenizer()).submit(Request("x", adapter="head"))
+    with pytest.raises(ValueError, match="differ from row to row"):
+        Engine(model, small_tokenizer(), compile=True, adapters=Adapters(model, three()))

@@ -47,9 +47,9 @@ def test_an_answer_ends_with_the_piece_of_the_format(tok):
     (alone,) = generate(MODEL, tok, [ids], max_new_tokens=12)
     end = next(i for i in alone.token_ids if i != alone.token_ids[0])
     talk.reset()
-    talk._end_id = end  # as if that were a control piece; those are silent
+    talk._end_ids = [end]  # as if that were a control piece
     shorter = "".join(talk.ask("Ben?"))
-    n = alone.token_ids.index(end) + 1
+    n = alone.token_ids.index(end)
     assert (
         shorter.strip() == tok.decode([*ids, *alone.token_ids[:n]])[len(tok.decode(ids)) :].strip()
     )
@@ -69,9 +69,9 @@ def test_a_seed_draws_the_same_answers(tok):
 def test_each_turn_draws_with_a_seed_of_its_own(tok, monkeypatch):
     seeds = []
 
-    def noting(ids: list[int], limit: int, sampling: Sampling, seed: int) -> Request:
+    def noting(ids: list[int], limit: int, sampling: Sampling, seed: int, **rest) -> Request:
         seeds.append(seed)
-        return Request(ids, limit, sampling, seed)
+        return Request(ids, limit, sampling, seed, **rest)
 
     talk = conversation(tok, seed=3)
     monkeypatch.setattr("minillama.chat.conversation.Request", noting)

@@ -99,6 +99,26 @@ def test_the_end_of_the_text_is_no_part_of_it():
     assert TOKENIZER.decode(TOKENIZER.encode("Ada") + completion.token_ids) == "Ada had a kite."
 
 
+def test_other_ids_than_eos_may_end_the_text():
+    """A chat's answer ends with a piece of its format, and EOS is then an id as any other."""
+    ids = say(" had a kite.").token_ids
+
+    def written(end_ids):
+        engine = Engine(model_that_says(" had a kite."), TOKENIZER, rows=1)
+        ticket = engine.submit(Request("Ada", 20, end_ids=end_ids))
+        while engine.busy and ticket.finish_reason is None:
+            engine.step()
+            if len(ticket.token_ids) > len(ids):
+                engine.cancel(ticket)
+        return ticket.completion()
+
+    assert written(None) == written((TOKENIZER.eos_id,)) == say(" had a kite.")
+    cut = written((ids[2], TOKENIZER.eos_id))
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == ids[:2]
+    assert written(()).token_ids == [*ids, TOKENIZER.eos_id]
+
+
 def test_the_first_space_of_the_answer_stays():
     assert say(" had").text == " had"
     assert generate(model_that_says(""), TOKENIZER, "Ada")[0].text == ""
