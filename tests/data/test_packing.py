@@ -423,7 +423,8 @@ def stream(n_bytes):
     n_seen = sum(batch.tokens.numel() for batch in islice(batches, len(rows) // 64))
     return n_ids, n_seen
 
-stream(10**5)  # whatever is loaded or set up once
+for _ in range(3):
+    stream(10**6)  # whatever is loaded or set up once
 with open("/proc/self/status") as status:
     used = next(int(line.split()[1]) for line in status if line.startswith("VmData")) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + limit, resource.RLIM_INFINITY))
@@ -431,13 +432,13 @@ print(*stream(n_bytes))
 """
 
 
-@pytest.mark.slow  # 20 s: a hundred times the limit has to be encoded
+@pytest.mark.slow  # 30 s: a hundred times the limit has to be encoded
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_hundred_times_the_memory_limit_streams_through(tmp_path):
-    limit = 10**6  # bytes, beyond what a small text takes
+    limit = 15 * 10**5  # bytes, beyond what a text of two thirds of that takes
     command = [sys.executable, "-c", STREAMS, str(limit), str(100 * limit), str(tmp_path / "ids")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     n_ids, n_seen = map(int, done.stdout.split())
-    assert n_ids > 3e7
+    assert n_ids > 45e6
     assert n_ids - n_seen <= 64 * 64 + 64  # one epoch: all but what fills no row and no batch
