@@ -1,0 +1,286 @@
+"""Ghost Attention: an instruction of the first turn that holds to the last.
+
+An assistant obeys what it was told just now, and forgets what it was told ten turns ago. Ghost
+Attention has it teach itself. It is told the instruction on every turn, and obeys (`hold`); then it
+learns those answers from dialogues where the instruction stands in the first turn alone (`ghost`).
+
+The loss counts the last answer only. The answers before it were given to other prompts than those
+that are read in training, so that nothing is to be learned from them.
+
+Source: Touvron et al. 2023b, sec. 3.3 (arXiv:2307.09288). Built in notebooks/11_gatt.ipynb.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from operator import eq
+from random import Random
+from typing import Protocol, runtime_checkable
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minillama.chat.dialog import (
+    DialogTokens,
+    Message,
+    encode_dialog,
+    end_of_answer,
+    neutralise,
+    recognise,
+)
+from minillama.config import Sampling
+from minillama.generation import Decoder, sample
+from minillama.model import Llama, apply_rope, rope_angles
+from minillama.model.llama import Block
+from minillama.tokenizer import Tokenizer
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """An instruction that can hold over a dialogue, such as `minillama.data.dialogues` has."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def short(self) -> str:
+        """The same in fewer words."""
+
+    def obeys(self, answer: str) -> bool:
+        """Whether an answer does what it says; True where nobody can tell."""
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A dialogue that a model has answered under a rule; the messages do not say the rule."""
+
+    rule: Rule
+    messages: list[Message]  # the user's and the assistant's in turns
+    finished: list[bool]  # for each answer: did it come to its end?
+
+    @property
+    def obeyed(self) -> list[bool]:
+        """For each answer: was it finished, and did it obey?"""
+        answers = [message.content for message in self.messages[1::2]]
+        return [
+            done and self.rule.obeys(answer)
+            for done, answer in zip(self.finished, answers, strict=True)
+        ]
+
+
+# --- Dialogues under a rule -----------------------------------------------------------------------
+
+
+def instructed(
+    messages: Sequence[Message], instruction: str, every_turn: bool = False
+) -> list[Message]:
+    """The messages with an instruction in front of the user's first one, or of each of them."""
+    first = next((i for i, message in enumerate(messages) if message.role == "user"), -1)
+    return [
+        replace(message, content=f"{instruction} {message.content}")
+        if i == first or (every_turn and message.role == "user")
+        else message
+        for i, message in enumerate(messages)
+    ]
+
+
+def hold(
+    model: Llama,
+    tokenizer: Tokenizer,
+    questions: Sequence[Sequence[str]],
+    rules: Sequence[Rule],
+    every_turn: bool = True,
+    max_new_tokens: int = 48,
+    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+    seed: int = 0,
+    rows: int = 64,
+    chat_format: str | None = None,
+) -> list[Talk]:
+    """Ask a model the questions of many dialogues, each under its rule; it answers turn by turn.
+
+    With ``every_turn`` the rule stands in front of each question, as it does where training data
+    is made; without, in front of the first, as it does where somebody uses the model. What the
+    model has answered before is part of what it reads.
+
+    `rows` dialogues are computed at a time. `max_new_tokens` limits one answer; one that met its
+    limit is not `finished`. A dialogue draws with a seed of its own, which follows from `seed` and
+    its place. `chat_format` None takes the one that the vocabulary speaks for.
+    Raises ValueError for a dialogue that does not fit into the context of the model, and what
+    `encode_dialog` raises.
+    """
+    if len(questions) != len(rules):
+        raise ValueError(
+            f"There are {len(questions)} dialogues and {len(rules)} rules: give one for each."
+        )
+    chat_format = chat_format or recognise(tokenizer)
+    # Those with the most turns first: in each turn, the rows that go on are the first ones.
+    order = sorted(range(len(questions)), key=lambda i: -len(questions[i]))
+    talks = {i: Talk(rules[i], [], []) for i in order}
+    for start in range(0, len(order), rows):
+        part = order[start : start + rows]
+        generators = [torch.Generator().manual_seed(seed + i) for i in part]
+        reader = _Reader(model, tokenizer, chat_format, sampling, max_new_tokens, generators)
+        for turn in range(len(questions[part[0]])):
+            going_on = [i for i in part if turn < len(questions[i])]
+            for i in going_on:
+                talks[i].messages.append(Message("user", questions[i][turn]))
+            asked = [
+                instructed(talks[i].messages, talks[i].rule.text, every_turn) for i in going_on
+            ]
+            for i, (answer, finished) in zip(going_on, reader.answers(asked), strict=True):
+                talks[i].messages.append(Message("assistant", answer))
+                talks[i].finished.append(finished)
+    return [talks[i] for i in range(len(questions))]
+
+
+class _Reader:
+    """A model in many dialogues at once, which reads only what is new since the turn before."""
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        chat_format: str,
+        sampling: Sampling,
+        max_new_tokens: int,
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        self.decoder = Decoder(model, len(generators), model.config.max_seq_len)
+        self.tokenizer, self.chat_format = tokenizer, chat_format
+        self.sampling, self.max_new_tokens = sampling, max_new_tokens
+        self.generators = generators
+        self._ends = [end_of_answer(tokenizer, chat_format), tokenizer.eos_id]
+        self._read: list[list[int]] = [[] for _ in generators]  # the ids in each row of the cache
+
+    @torch.inference_mode()
+    def answers(self, dialogues: Sequence[Sequence[Message]]) -> list[tuple[str, bool]]:
+        """The answer to each dialogue, in the first rows, and whether it came to its end."""
+        new = []
+        for row, messages in enumerate(dialogues):
+            ids = encode_dialog(messages, self.tokenizer, self.chat_format).ids
+            pairs = zip(ids[:-1], self._read[row], strict=False)
+            known = sum(1 for _ in takewhile(lambda pair: eq(*pair), pairs))
+            self.decoder.lengths[row], self._read[row] = known, ids
+            new.append(ids[known:])
+        self._check_room(max(map(len, new)))
+        n = len(dialogues)
+        drawn: list[list[int]] = [[] for _ in range(n)]
+        finished = [False] * n
+        logits = self.decoder.prefill(0, new)
+        for _ in range(self.max_new_tokens):
+            tokens = [self._ends[0]] * n  # those that are finished wait for the others
+            for row in range(n):
+                if not finished[row]:
+                    tokens[row] = sample(logits[row], self.sampling, self.generators[row])
+                    finished[row] = tokens[row] in self._ends
+                    drawn[row] += [tokens[row]] * (not finished[row])
+                    self._read[row].append(tokens[row])
+            if all(finished):
+                break
+            logits = self.decoder.step(tokens)
+        texts = [self.tokenizer.decode(ids).strip() for ids in drawn]
+        safe = [neutralise(text, self.tokenizer, self.chat_format) for text in texts]
+        return list(zip(safe, finished, strict=True))
+
+    def _check_room(self, longest: int) -> None:
+        context = self.decoder.cache.max_len
+        needed = max(self.decoder.lengths) + longest + self.max_new_tokens
+        if needed > context:
+            raise ValueError(
+                f"The dialogues need {needed} tokens, {self.max_new_tokens} for the next answer "
+                f"included, but the model's context holds {context}. Give fewer turns; or "
+                f"fine-tune the model on longer texts first, as `minillama sft --seq-len` does."
+            )
+
+
+# --- Training data --------------------------------------------------------------------------------
+
+
+def ghost(
+    messages: Sequence[Message],
+    instruction: str,
+    tokenizer: Tokenizer,
+    chat_format: str | None = None,
+) -> DialogTokens:
+    """A training example: the instruction stands in the first turn, the last answer is learned.
+
+    All else, the earlier answers included, is context and carries no loss.
+    Raises ValueError as `encode_dialog` does, and for a dialogue that does not end with an answer.
+    """
+    if not messages or messages[-1].role != "assistant":
+        raise ValueError("The dialogue does not end with an answer, so there is nothing to learn.")
+    said = instructed(messages, instruction)
+    tokens = encode_dialog(said, tokenizer, chat_format or recognise(tokenizer))
+    end = len(tokens.learned) - tokens.learned[::-1].index(True)
+    start = end
+    while tokens.learned[start - 1]:  # what frames a question is in front of every answer
+        start -= 1
+    return replace(tokens, learned=[start <= i < end for i in range(len(tokens.ids))])
+
+
+def examples(
+    talks: Sequence[Talk],
+    tokenizer: Tokenizer,
+    rng: Random,
+    n_each: int = 1,
+    chat_format: str | None = None,
+) -> list[DialogTokens]:
+    """Training examples out of dialogues that were held under a rule, `n_each` of every one.
+
+    Chance picks the turn that is the last one, among those in which the answer obeyed and came to
+    its end; and the rule's long form or its short one, each half of the time. A dialogue without
+    such an answer gives none.
+    """
+    found = []
+    for talk in talks:
+        turns = [turn for turn, good in enumerate(talk.obeyed, 1) if good]
+        for _ in range(n_each if turns else 0):
+            # Of all methods of Random, only random() is promised to stay as it is.
+            last = turns[int(rng.random() * len(turns))]
+            instruction = talk.rule.short if rng.random() < 0.5 else talk.rule.text
+            found.append(ghost(talk.messages[: 2 * last], instruction, tokenizer, chat_format))
+    return found
+
+
+# --- What came of it ------------------------------------------------------------------------------
+
+
+def obedience(talks: Sequence[Talk]) -> list[float]:
+    """For each turn, the share of the dialogues in which the answer obeys; from turn 1 on."""
+    turns = [
+        [talk.obeyed[i] for talk in talks if i < len(talk.obeyed)] for i in range(_most(talks))
+    ]
+    return [sum(obeyed) / len(obeyed) for obeyed in turns]
+
+
+def _most(talks: Sequence[Talk]) -> int:
+    return max((len(talk.obeyed) for talk in talks), default=0)
+
+
+@torch.inference_mode()
+def strongest_attention(model: Llama, tokens: Int[Tensor, " seq"]) -> Float[Tensor, "q_len k_len"]:
+    """How much each token looks at each earlier one: the most that any head of any layer does.
+
+    Source: Touvron et al. 2023b, sec. 3.3; its figure bins neighbouring tokens of this.
+    """
+    config, seq = model.config, len(tokens)
+    angles = rope_angles(
+        torch.arange(seq, device=tokens.device), config.head_dim, config.rope_theta
+    )
+    later = torch.ones(seq, seq, dtype=torch.bool, device=tokens.device).triu(1)
+    x, strongest = model.tok_embeddings(tokens[None]), torch.zeros(seq, seq, device=tokens.device)
+    for layer in model.layers:
+        assert isinstance(layer, Block)
+        normed = layer.attention_norm(x)
+        heads = "1 seq (heads channels) -> heads seq channels"
+        q, k = (
+            apply_rope(rearrange(w(normed), heads, channels=config.head_dim), angles)
+            for w in (layer.attention.wq, layer.attention.wk)
+        )
+        k = k.repeat_interleave(len(q) // len(k), dim=0)
+        scores = (q @ k.mT / config.head_dim**0.5).masked_fill(later, float("-inf"))
+        strongest = torch.maximum(strongest, reduce(scores.softmax(-1), "heads q k -> q k", "max"))
+        x = layer(x, angles[None, None])
+    return strongest

@@ -1,0 +1,242 @@
+"""Ghost Attention: who is told what, what is learned, and how far a model obeys."""
+
+from dataclasses import dataclass
+from random import Random
+
+import pytest
+import torch
+from small import small_llama
+from torch.testing import assert_close
+from transformers_llama import transformers_copy
+
+from minillama.chat import Message, encode_dialog
+from minillama.chat.gatt import (
+    Talk,
+    examples,
+    ghost,
+    hold,
+    instructed,
+    obedience,
+    strongest_attention,
+)
+from minillama.config import Sampling
+from minillama.data.dialogues import instructions
+from minillama.generation import generate
+
+MODEL = small_llama(max_seq_len=512)
+DIALOGUE = [
+    Message("user", "Ada?"),
+    Message("assistant", "Ada had a kite."),
+    Message("user", "Ben?"),
+    Message("assistant", "Ben had a lamp."),
+]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Answers are to end with a word."""
+
+    word: str
+    text: str = "Always end with a boat."
+    short: str = "End: boat."
+
+    def obeys(self, answer: str) -> bool:
+        return answer.endswith(self.word)
+
+
+BOAT = Ends("boat")
+
+
+# ------------------------------------------------------------------------ dialogues under a rule
+
+
+def test_the_instruction_stands_in_front_of_the_first_question_or_of_each():
+    system = Message("system", "Be brief.")
+    first = instructed([system, *DIALOGUE], "Sing.")
+    assert [message.content for message in first] == [
+        "Be brief.", "Sing. Ada?", "Ada had a kite.", "Ben?", "Ben had a lamp."
+    ]  # fmt: skip
+    every = instructed([system, *DIALOGUE], "Sing.", every_turn=True)
+    assert [message.content for message in every] == [
+        "Be brief.", "Sing. Ada?", "Ada had a kite.", "Sing. Ben?", "Ben had a lamp."
+    ]  # fmt: skip
+    assert [message.role for message in every] == ["system", *(m.role for m in DIALOGUE)]
+
+
+def answered_alone(tok, questions: list[str], told: str, every_turn: bool) -> list[str]:
+    """One dialogue, and each of its prompts read from its beginning."""
+    said = []
+    for question in questions:
+        said.append(Message("user", question))
+        ids = encode_dialog(instructed(said, told, every_turn), tok).ids
+        (answer,) = generate(MODEL, tok, [ids], max_new_tokens=9)
+        said.append(Message("assistant", answer.text.strip()))
+    return [message.content for message in said[1::2]]
+
+
+@pytest.mark.parametrize("every_turn", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 64])
+def test_each_dialogue_is_answered_as_it_would_be_alone(tok, rows, every_turn):
+    questions = [["Ada?"], ["Ben?", "Ida had a drum. Who?", "Jon?"], ["Clara?", "Emil?"]]
+    rules = [Ends(word, f"Say {word}.") for word in ("kite", "lamp", "boat")]
+    talks = hold(MODEL, tok, questions, rules, every_turn, max_new_tokens=9, rows=rows)
+    for asked, rule, talk in zip(questions, rules, talks, strict=True):
+        assert talk.rule is rule
+        assert [message.content for message in talk.messages[::2]] == asked
+        alone = answered_alone(tok, asked, rule.text, every_turn)
+        assert [message.content for message in talk.messages[1::2]] == alone
+    assert len({talk.messages[1].content for talk in talks}) == 3  # the model does look at them
+
+
+def test_where_the_instruction_stands_changes_what_is_answered(tok):
+    answers = [
+        hold(MODEL, tok, [["Ada?", "Ben?", "Jon?"]], [BOAT], every, max_new_tokens=9)[0].messages
+        for every in (True, False)
+    ]
+    assert answers[0][:2] == answers[1][:2]
+    assert answers[0] != answers[1]
+
+
+def test_a_dialogue_draws_with_a_seed_of_its_own(tok):
+    questions, rules = [["Ada?", "Ben?"]] * 3, [BOAT] * 3
+    hot = Sampling(temperature=2.0)
+    talks = hold(MODEL, tok, questions, rules, sampling=hot, seed=5, max_new_tokens=9)
+    assert len({talk.messages[1].content for talk in talks}) == 3
+    second = hold(MODEL, tok, questions[:1], rules[:1], sampling=hot, seed=6, max_new_tokens=9)
+    assert second[0].messages == talks[1].messages
+
+
+def test_an_answer_that_met_its_limit_is_not_finished_and_does_not_obey(tok):
+    (whole,) = hold(MODEL, tok, [["Ada?"]], [Ends("")], max_new_tokens=9)
+    assert whole.finished == [False]
+    assert whole.obeyed == [False]  # "" ends any answer, but this one did not end
+
+
+def test_an_answer_ends_with_the_piece_of_the_format(tok, monkeypatch):
+    (whole,) = hold(MODEL, tok, [["Ada?"]], [BOAT], max_new_tokens=9)
+    ids = encode_dialog(instructed([Message("user", "Ada?")], BOAT.text), tok).ids
+    (alone,) = generate(MODEL, tok, [ids], max_new_tokens=9)
+    end = next(i for i in alone.token_ids if i != alone.token_ids[0])
+    monkeypatch.setattr("minillama.chat.gatt.end_of_answer", lambda *_: end)
+    (shorter,) = hold(MODEL, tok, [["Ada?"]], [Ends("")], max_new_tokens=9)
+    assert shorter.finished == shorter.obeyed == [True]
+    n = alone.token_ids.index(end)
+    assert shorter.messages[1].content == tok.decode(alone.token_ids[:n]).strip()
+    assert len(shorter.messages[1].content) < len(whole.messages[1].content)
+
+
+def test_markers_that_the_model_writes_itself_do_not_end_the_dialogue(tok, monkeypatch):
+    decode = type(tok).decode
+    monkeypatch.setattr(type(tok), "decode", lambda self, ids: decode(self, ids) + " [INST] Ada")
+    (talk,) = hold(MODEL, tok, [["Ada?", "Ben?"]], [BOAT], max_new_tokens=5)
+    assert talk.messages[1].content.endswith("[ INST] Ada")
+    assert len(talk.finished) == 2
+
+
+def test_dialogues_that_do_not_fit_are_refused_with_numbers(tok):
+    with pytest.raises(ValueError, match=r"need \d+ tokens, 400 for the next answer .* holds 512"):
+        hold(MODEL, tok, [["Ada had a kite, and Ben had a lamp."] * 3], [BOAT], max_new_tokens=400)
+    with pytest.raises(ValueError, match="2 dialogues and 1 rules"):
+        hold(MODEL, tok, [["Ada?"], ["Ben?"]], [BOAT])
+
+
+# --------------------------------------------------------------------------------- training data
+
+
+def test_by_hand_the_last_answer_and_its_end_are_learned_and_nothing_else(tok):
+    tokens = ghost(DIALOGUE, "Sing.", tok)
+    first = tok.encode("[INST] Sing. Ada? [/INST] Ada had a kite. ")
+    second = tok.encode("[INST] Ben? [/INST]")
+    answer = tok.encode("[INST] Ben? [/INST] Ben had a lamp. ")[len(second) :]
+    assert tokens.ids == [1, *first, 2, 1, *second, *answer, 2]
+    n_context = len(first) + len(second) + 3
+    assert tokens.learned == [False] * n_context + [True] * (len(answer) + 1)
+
+
+@pytest.mark.parametrize("chat_format", ["llama2", "chatml", "code-llama-70b"])
+def test_in_every_format_only_the_last_answer_is_learned(request, chat_format):
+    fixtures = {"llama2": "tok", "chatml": "chatml_tok", "code-llama-70b": "step_tok"}
+    tok = request.getfixturevalue(fixtures[chat_format])
+    dialogue = [Message("system", "Be brief."), *DIALOGUE, Message("user", "Jon?")]
+    dialogue.append(Message("assistant", "Jon had two."))
+    tokens = ghost(dialogue, "Sing.", tok, chat_format)
+    whole = encode_dialog(instructed(dialogue, "Sing."), tok, chat_format)
+    assert (tokens.ids, tokens.roles) == (whole.ids, whole.roles)
+    before = encode_dialog(instructed(dialogue[:-2], "Sing."), tok, chat_format)
+    n_before = sum(before.learned)
+    assert n_before > 0
+    places = [i for i, learned in enumerate(whole.learned) if learned][n_before:]
+    assert [i for i, learned in enumerate(tokens.learned) if learned] == places
+    text = tok.decode([tokens.ids[i] for i in places[:-1]])
+    assert text.strip() == "Jon had two."
+
+
+def test_a_single_turn_is_learned_whole(tok):
+    assert ghost(DIALOGUE[:2], "Sing.", tok).learned == (
+        encode_dialog(instructed(DIALOGUE[:2], "Sing."), tok).learned
+    )
+
+
+def test_a_dialogue_without_a_last_answer_teaches_nothing(tok):
+    for messages in ([], DIALOGUE[:3]):
+        with pytest.raises(ValueError, match="does not end with an answer"):
+            ghost(messages, "Sing.", tok)
+
+
+def talk_of(*answers: str, finished: bool = True) -> Talk:
+    messages = [
+        message
+        for turn, answer in enumerate(answers)
+        for message in (Message("user", f"Number {turn}?"), Message("assistant", answer))
+    ]
+    return Talk(BOAT, messages, [finished] * len(answers))
+
+
+def test_only_answers_that_obeyed_become_the_last_one(tok):
+    talks = [
+        talk_of("a boat", "a kite", "a boat"),
+        talk_of("a lamp"),
+        talk_of("a boat", finished=False),
+    ]
+    found = examples(talks, tok, Random(0), n_each=40)
+    expected = {
+        (said, n): ghost(talks[0].messages[: 2 * n], said, tok).ids
+        for said in (BOAT.text, BOAT.short)
+        for n in (1, 3)
+    }
+    assert len(found) == 40
+    counts = {case: sum(each.ids == ids for each in found) for case, ids in expected.items()}
+    assert sum(counts.values()) == 40
+    assert all(5 <= n <= 15 for n in counts.values())  # each of the four is as likely
+
+
+def test_a_seed_gives_the_same_examples(tok):
+    talks = [talk_of(*["a boat"] * 5)] * 4
+    once, again = (examples(talks, tok, Random(3), n_each=2) for _ in range(2))
+    assert once == again
+    assert examples(talks, tok, Random(4), n_each=2) != once
+
+
+# ------------------------------------------------------------------------------ what came of it
+
+
+def test_obedience_is_a_share_for_each_turn():
+    talks = [talk_of("boat", "boat", "kite"), talk_of("boat", "kite"), talk_of("boat")]
+    assert obedience(talks) == [1.0, 0.5, 0.0]
+    assert obedience([]) == []
+
+
+def test_the_toy_world_s_instructions_are_rules(tok):
+    rule = instructions("train", "last word")[0]
+    word = rule.parts[0][1]
+    talk = Talk(rule, [Message("user", "Who?"), Message("assistant", f"Ada, {word}.")], [True])
+    assert talk.obeyed == [True]
+
+
+def test_the_strongest_attention_is_that_of_transformers():
+    tokens = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(0))
+    theirs = transformers_copy(MODEL)(tokens[None], output_attentions=True).attentions
+    expected = torch.stack([layer[0] for layer in theirs]).amax((0, 1))
+    ours = strongest_attention(MODEL, tokens)
+    assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert ours.triu(1).count_nonzero() == 0
