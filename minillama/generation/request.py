@@ -36,6 +36,7 @@ class Request:
 
     `end_ids` end the answer and are no part of it; None is the tokenizer's EOS alone, while a chat
     also ends its answers with `end_of_answer`. `adapter` names one of the engine's adapters.
+    `top_logprobs` is how many of the likeliest tokens a ticket keeps at each place.
     Raises ValueError for settings that mean nothing.
     """
 
@@ -47,11 +48,15 @@ class Request:
     logprobs: bool = False
     end_ids: Sequence[int] | None = None
     adapter: str | None = None
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         check_whole("max_new_tokens", self.max_new_tokens)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1.")
+        check_whole("top_logprobs", self.top_logprobs)
+        if self.top_logprobs < 0:
+            raise ValueError(f"top_logprobs is {self.top_logprobs}, but must be at least 0.")
         if self.seed is not None:
             check_whole("seed", self.seed)
             if not 0 <= self.seed < 2**63:
@@ -84,6 +89,7 @@ class Ticket:
             self.generator.manual_seed(index(request.seed))
         self.finish_reason: FinishReason | None = None
         self.logprobs: list[float] = []
+        self.top_logprobs: list[list[tuple[int, float]]] = []  # (id, logprob), likeliest first
         self.n_proposed = self.n_accepted = 0  # tokens of a draft model
         self._pieces: list[str] = []
         self._n_read = 0
@@ -126,7 +132,10 @@ class Ticket:
             return
         self.ids.append(token)
         if self.request.logprobs:
-            self.logprobs.append(logits.log_softmax(-1)[token].item())
+            logprobs = logits.log_softmax(-1)
+            self.logprobs.append(logprobs[token].item())
+            top = logprobs.topk(min(self.request.top_logprobs, len(logprobs))).indices.tolist()
+            self.top_logprobs.append([(i, logprobs[i].item()) for i in top])
         self._pieces.append(self._stop.push(self._decoder.push(token)))
         if self._stop.stopped or len(self.ids) - self.n_prompt == self.limit:
             self.end("length")

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from small import small_tokenizer
@@ -80,3 +82,19 @@ def test_bytes_that_spell_nothing_are_told_at_the_end(n):
 def test_a_request_that_means_nothing(settings, message):
     with pytest.raises(ValueError, match=message):
         Request("Ada", **settings)
+
+
+def test_the_likeliest_tokens_of_each_place_are_kept_with_their_logprobs():
+    ticket = Ticket(Request("Ada", logprobs=True, top_logprobs=2), TOKENIZER, context=100)
+    logits = torch.full((300,), -torch.inf)
+    logits[[270, 280, 290]] = torch.tensor([0.5, 0.25, 0.25]).log()
+    ticket.take(290, logits + 3)  # logits are probabilities up to a factor
+    (top,) = ticket.top_logprobs
+    assert [i for i, _ in top] == [270, 280]
+    assert [logprob for _, logprob in top] == pytest.approx([math.log(0.5), math.log(0.25)])
+    assert ticket.logprobs == pytest.approx([math.log(0.25)])
+
+
+def test_fewer_than_no_likeliest_tokens():
+    with pytest.raises(ValueError, match="top_logprobs is -1, but must be at least 0"):
+        Request("Ada", top_logprobs=-1)
