@@ -8,13 +8,13 @@ Source: Touvron et al. 2023a (arXiv:2302.13971), sec. 2.1 and table 1.
 Built in notebooks/07_data.ipynb.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt
+from jaxtyping import Int, Integer
 
 from minillama.data.packing import Batch, as_batch
 
@@ -292,6 +292,7 @@ class Batches:
     ``batch_size`` is that of all ``world`` processes together: all draw the same, and process
     ``rank`` takes its part of each batch. So the parts make up the batch that one process would
     have, and a run saved by four is continued by two. `sampler` counts and plans the epochs.
+    ``to_batch`` says what rows mean: by default they are `seq_len` + 1 ids of a stream.
 
     Raises ValueError as `MixtureSampler` does; for rows of different lengths; and for a batch that
     `world` processes cannot share equally.
@@ -300,17 +301,18 @@ class Batches:
 
     def __init__(
         self,
-        rows: Mapping[str, UInt[np.ndarray, "_ row_len"]],
+        rows: Mapping[str, Integer[np.ndarray, "_ ... row_len"]],
         shares: Mapping[str, float],
         batch_size: int,
         seed: int,
         rank: int = 0,
         world: int = 1,
         max_epochs: Mapping[str, float] | None = None,
+        to_batch: Callable[[np.ndarray], Batch] = as_batch,
     ) -> None:
         n_rows = {source: len(found) for source, found in rows.items()}
         self.sampler = MixtureSampler(n_rows, shares, seed, max_epochs)
-        lengths = {source: found.shape[1] for source, found in rows.items()}
+        lengths = {source: found.shape[-1] for source, found in rows.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(
                 f"The rows are of different lengths: {lengths}. Cut all sources with one seq_len."
@@ -329,17 +331,18 @@ class Batches:
         self._slice = slice(rank * share, (rank + 1) * share)
         self._sources = [rows[source] for source in self.sampler.sources]
         self._dtype = np.result_type(*self._sources)
+        self._to_batch = to_batch
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         numbers, places = (drawn[self._slice] for drawn in self.sampler.draw(self.batch_size))
-        rows = np.empty((len(places), self._sources[0].shape[1]), self._dtype)
+        rows = np.empty((len(places), *self._sources[0].shape[1:]), self._dtype)
         for number, source in enumerate(self._sources):
             here = numbers == number
             rows[here] = source[places[here]]
-        return as_batch(rows)
+        return self._to_batch(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """What new `Batches` of the same mixture need to go on from here; fit for JSON."""

@@ -22,10 +22,15 @@ IGNORE = -100  # a target that does not count: the one masking mechanism of all 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and, at each position, the id that should come next (or `IGNORE`)."""
+    """Token ids and, at each position, the id that should come next (or `IGNORE`).
+
+    With `positions`, a row holds several documents that know nothing of each other: each is counted
+    from 0 on. Without, a row is one text.
+    """
 
     tokens: Int[Tensor, "batch seq"]
     targets: Int[Tensor, "batch seq"]
+    positions: Int[Tensor, "batch seq"] | None = None
 
     @property
     def n_targets(self) -> int:
@@ -34,7 +39,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return Batch(self.tokens.to(device), self.targets.to(device))
+        positions = None if self.positions is None else self.positions.to(device)
+        return Batch(self.tokens.to(device), self.targets.to(device), positions)
 
 
 # --- A stream in memory ---------------------------------------------------------------------------

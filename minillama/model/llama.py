@@ -9,6 +9,7 @@ from minillama.model.attention import Attention
 from minillama.model.cache import KVCache, LayerCache
 from minillama.model.feed_forward import FeedForward
 from minillama.model.norm import RMSNorm
+from minillama.model.packed import Packed
 from minillama.model.rope import rope_angles
 
 
@@ -67,16 +68,17 @@ class Llama(nn.Module):
             self._init_weights(generator, init_std)
 
     def forward(
-        self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None
+        self, tokens: Int[Tensor, "batch seq"], cache: KVCache | Packed | None = None
     ) -> Float[Tensor, "batch seq vocab"]:
         return self.output(self.hidden(tokens, cache)).float()
 
     def hidden(
-        self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None
+        self, tokens: Int[Tensor, "batch seq"], cache: KVCache | Packed | None = None
     ) -> Float[Tensor, "batch seq dim"]:
         """The normalised residual stream after the last layer.
 
-        With a cache, `tokens` continue what it holds, and it grows by them.
+        With a cache, `tokens` continue what it holds, and it grows by them; `Packed` in its place
+        keeps the documents of a row apart.
         Raises ValueError for tokens of another shape, for more of them than the context, and on the
         CPU for ids outside the vocabulary (a GPU checks indices itself, and aborts).
         """

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from warnings import warn
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from minillama.model import Llama
 from minillama.training.loss import batch_loss
 from minillama.training.parallel import add_up, reshard
 from minillama.training.schedule import learning_rate
-from minillama.training.step import StepStats, precision, train_step
+from minillama.training.step import NothingToLearn, StepStats, precision, train_step
 
 
 def train(
@@ -27,7 +28,7 @@ def train(
 
     One step per iteration. The products are computed in `config.precision`; the weights, the loss
     and the update stay in float32. With many processes, `group` are those whose batches hold other
-    rows: see `train_step`.
+    rows: see `train_step`. A step none of whose targets counts is left out, with a warning.
 
     Raises ValueError if the batches run out, or Diverged (a ValueError) if training diverges.
     Source: Touvron et al. 2023a, sec. 2.3. Shown in notebooks/08_pretraining.ipynb.
@@ -44,7 +45,13 @@ def train(
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(step, config)
         dtype = precision(config.precision, device)
-        yield train_step(model, micro_batches, optimizer, config.max_grad_norm, step, dtype, group)
+        limit = config.max_grad_norm
+        try:
+            stats = train_step(model, micro_batches, optimizer, limit, step, dtype, group)
+        except NothingToLearn as error:
+            warn(f"{error} The step is left out.", stacklevel=2)
+            continue
+        yield stats
 
 
 @torch.inference_mode()

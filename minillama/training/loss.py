@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from minillama.adapt.quantize import QuantizedLinear
 from minillama.data.packing import IGNORE, Batch
-from minillama.model import Llama
+from minillama.model import Llama, Packed
 
 CHUNK = 512  # rows of logits that exist at one time
 
@@ -34,14 +34,16 @@ def batch_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     """The summed next-token loss of a batch, by the shortest way in memory that the model allows.
 
     A Llama whose output matrix is plain, or quantised, never holds the logits of the whole batch
-    (`fused_next_token_loss`); any other model, or head, is asked for them.
+    (`fused_next_token_loss`); any other model, or head, is asked for them. The documents of a row
+    are kept apart where the batch tells them apart (`Packed`).
     """
+    packed = [] if batch.positions is None else [Packed(batch.positions)]
     head: nn.Module | None = model.output if isinstance(model, Llama) else None
     if not isinstance(model, Llama) or not (
         type(head) is nn.Linear or isinstance(head, QuantizedLinear)
     ):
-        return next_token_loss(model(batch.tokens), batch.targets)
-    hidden, group = model.hidden(batch.tokens), None
+        return next_token_loss(model(batch.tokens, *packed), batch.targets)
+    hidden, group = model.hidden(batch.tokens, *packed), None
     if isinstance(head, QuantizedLinear):
         weight = head.dequantized(hidden.dtype)
     else:

@@ -57,15 +57,14 @@ class Ranks:
 
     def part(self, batch: Batch) -> Batch:
         """This process's rows of a batch; rows without a target make the last parts full."""
-        size = -(-len(batch.tokens) // self.n_data)
-        missing = size * self.n_data - len(batch.tokens)
-        if missing:
-            filler = batch.tokens[:1].expand(missing, -1)
-            tokens = torch.cat([batch.tokens, filler])
-            targets = torch.cat([batch.targets, torch.full_like(filler, IGNORE)])
-            batch = Batch(tokens, targets)
-        rows = slice(self.data_rank * size, (self.data_rank + 1) * size)
-        return Batch(batch.tokens[rows], batch.targets[rows])
+        size, n_rows = -(-len(batch.tokens) // self.n_data), len(batch.tokens)
+        rows = torch.arange(self.data_rank * size, (self.data_rank + 1) * size)
+        missing = rows >= n_rows
+        rows[missing] = 0
+        targets = batch.targets[rows]
+        targets[missing] = IGNORE
+        positions = None if batch.positions is None else batch.positions[rows]
+        return Batch(batch.tokens[rows], targets, positions)
 
     def whole(self, batch: Batch) -> Batch:
         """The batch of which each process has its part; `part` backwards."""
@@ -73,9 +72,11 @@ class Ranks:
             return batch
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        layout = (Shard(0), Replicate())
-        tokens = DTensor.from_local(batch.tokens, self.mesh, layout)
-        return Batch(tokens, DTensor.from_local(batch.targets, self.mesh, layout))
+        def whole(part: Tensor) -> Tensor:
+            return DTensor.from_local(part, self.mesh, (Shard(0), Replicate()))
+
+        positions = None if batch.positions is None else whole(batch.positions)
+        return Batch(whole(batch.tokens), whole(batch.targets), positions)
 
 
 def meet(device: str | torch.device, model: LlamaConfig, training: TrainingConfig) -> Ranks:

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import log as ln
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
+import numpy as np
 import tomli_w
 import torch
 from matplotlib.figure import Figure
@@ -19,7 +21,7 @@ from minillama.checkpoint.native import check_replaceable
 from minillama.checkpoint.weights import check_vocabulary, model_from
 from minillama.config import LlamaConfig, RunConfig, TrainingConfig, override, read_toml
 from minillama.data.mixture import Batches
-from minillama.data.packing import as_batch, open_rows, write_tokens
+from minillama.data.packing import Batch, as_batch, open_rows, write_tokens
 from minillama.model import Llama
 from minillama.plan import TrainingPlan, check_fits, free_memory
 from minillama.tokenizer import Tokenizer
@@ -112,8 +114,8 @@ class PretrainingRun:
     def _start(
         self,
         folder: Path,
-        documents: Documents | Mapping[str, Documents],
-        held_out: Documents,
+        documents: Any,
+        held_out: Any,
         tokenizer: Tokenizer,
         settings: Mapping[str, Any],
         device: str | torch.device,
@@ -126,7 +128,8 @@ class PretrainingRun:
         self._ranks = meet(device, model_config, config)
         _check_memory(self._plan(settings), self._ranks)
         sources = documents if isinstance(documents, Mapping) else {"text": documents}
-        from_main(lambda: _begin(folder, sources, held_out, tokenizer, config.seq_len))
+        write = partial(self._write, tokenizer=tokenizer, seq_len=config.seq_len)
+        from_main(lambda: _begin(folder, sources, held_out, tokenizer, write))
         self._open(folder, settings, tokenizer)
         if is_main():
             new = folder / f".{CONFIG}.new"  # a run is there to resume once this has its name
@@ -203,6 +206,7 @@ class PretrainingRun:
             self.config.seed,
             self._ranks.data_rank,
             self._ranks.n_data,
+            to_batch=self._to_batch,
         )
         self.held_out_rows = self._rows(HELD_OUT)
 
@@ -221,18 +225,18 @@ class PretrainingRun:
             data_parallel=self._ranks.n_data,
         )
 
+    def _first_model(self, settings: Mapping[str, Any]) -> Llama:
+        """The model before the first step."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return Llama(LlamaConfig.from_dict(settings["model"]), generator, self.config.init_std)
+
     def _model(self, settings: Mapping[str, Any]) -> Llama:
-        model_config = LlamaConfig.from_dict(settings["model"])
-
-        def first() -> Llama:
-            generator = torch.Generator().manual_seed(self.config.seed)
-            return Llama(model_config, generator, self.config.init_std)
-
+        first = partial(self._first_model, settings)
         if self._ranks.mesh is None:
             model = first().to(self._ranks.device)
         else:
             with torch.device("meta"):
-                model = Llama(model_config)
+                model = Llama(LlamaConfig.from_dict(settings["model"]))
         checkpoint_activations(model, self.config.checkpointing)
         if self.config.compile:
             compile_blocks(model)
@@ -255,9 +259,25 @@ class PretrainingRun:
         """Tokens that one optimiser step learns from, on all processes together."""
         return self.config.batch_size * self.config.accumulation * self.config.seq_len
 
-    def _rows(self, source: str) -> Any:
+    @staticmethod
+    def _write(path: Path, documents: Any, tokenizer: Tokenizer, seq_len: int) -> dict[str, int]:
+        """Write a source to its file in tokens/, and count the tokens to learn and their bytes."""
+        counted = _Counted(documents)
+        n_tokens = write_tokens(path, counted, tokenizer)
+        open_rows(path, seq_len, tokenizer.vocab_size, verify=False)
+        return {"tokens": n_tokens, "bytes": counted.n_bytes}
+
+    def _read(self, path: Path) -> np.ndarray:
+        """The rows of such a file."""
+        return open_rows(path, self.config.seq_len, self.tokenizer.vocab_size)
+
+    def _to_batch(self, rows: np.ndarray) -> Batch:
+        """What some of these rows mean."""
+        return as_batch(rows)
+
+    def _rows(self, source: str) -> np.ndarray:
         path = self.folder / "tokens" / f"{source}.safetensors"
-        rows = open_rows(path, self.config.seq_len, self.tokenizer.vocab_size)
+        rows = self._read(path)
         if _digest(path) != self._identity["tokens"][source]["sha256"]:
             raise ValueError(
                 f"{path} is whole, but not what this run was started with: its SHA-256 is not the "
@@ -319,7 +339,7 @@ class PretrainingRun:
         """The loss on all held-out rows, with the weights as they are now."""
         size = self.config.batch_size
         batches = (
-            self._ranks.part(as_batch(self.held_out_rows[i : i + size]))
+            self._ranks.part(self._to_batch(self.held_out_rows[i : i + size]))
             for i in range(0, len(self.held_out_rows), size)
         )
         with torch.compiler.set_stance("force_eager"):  # one pass is not worth compiling for
@@ -349,6 +369,8 @@ class PretrainingRun:
         for number, batch in enumerate(map(self._ranks.whole, error.micro_batches)):
             tensors[f"batch.{number}.tokens"] = batch.tokens
             tensors[f"batch.{number}.targets"] = batch.targets
+            if batch.positions is not None:
+                tensors[f"batch.{number}.positions"] = batch.positions
         folder = self.folder / "post-mortem"
         save_state(folder, tensors, {"step": self.step + 1, "settings": self._identity})
         error.args = (f"{error} The batch and the weights are kept in {folder}.",)
@@ -386,10 +408,10 @@ def _check_memory(plan: TrainingPlan, ranks: Ranks) -> None:
 
 def _begin(
     folder: Path,
-    sources: Mapping[str, Documents],
-    held_out: Documents,
+    sources: Mapping[str, Any],
+    held_out: Any,
     tokenizer: Tokenizer,
-    seq_len: int,
+    write: Callable[[Path, Any], dict[str, int]],
 ) -> None:
     """Write the tokens/ of a new run, unless its folder holds something that would be lost."""
     check_replaceable(folder / "checkpoint")
@@ -400,7 +422,7 @@ def _begin(
         )
     is_new = not folder.exists()
     try:
-        _write_tokens(folder / "tokens", sources, held_out, tokenizer, seq_len)
+        _write_tokens(folder / "tokens", sources, held_out, tokenizer, write)
     except BaseException:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
@@ -420,29 +442,22 @@ def _take_back(log: Path, size: int, step: int) -> None:
 
 def _write_tokens(
     folder: Path,
-    sources: Mapping[str, Documents],
-    held_out: Documents,
+    sources: Mapping[str, Any],
+    held_out: Any,
     tokenizer: Tokenizer,
-    seq_len: int,
+    write: Callable[[Path, Any], dict[str, int]],
 ) -> None:
     """The folder tokens/ of a run: token ids of every source, their sizes, and the tokenizer."""
     if HELD_OUT in sources:
         raise ValueError(f"{HELD_OUT!r} is the name of the validation text; rename this source.")
     sizes = {}
     for source, documents in {**sources, HELD_OUT: held_out}.items():
-        counted = _Counted(documents)
         path = folder / f"{source}.safetensors"
         try:
-            n_tokens = write_tokens(path, counted, tokenizer)
-            open_rows(path, seq_len, tokenizer.vocab_size, verify=False)
+            sizes[source] = {**write(path, documents), "sha256": _digest(path)}
         except ValueError as error:
             what = "text held out for validation" if source == HELD_OUT else f"source {source!r}"
             raise ValueError(f"The {what}: {error}") from None
-        sizes[source] = {
-            "tokens": n_tokens,
-            "bytes": counted.n_bytes,
-            "sha256": _digest(path),
-        }
     tokenizer.save(folder / TOKENIZER)
     (folder / SIZES).write_text(json.dumps(sizes, indent=2) + "\n")
 

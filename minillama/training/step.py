@@ -26,6 +26,10 @@ class StepStats:
     n_targets: int
 
 
+class NothingToLearn(ValueError):
+    """No target of a step counts."""
+
+
 class Diverged(ValueError):
     """The loss or a gradient was not finite; `micro_batches` are those of the step."""
 
@@ -63,14 +67,14 @@ def train_step(
     targets of all are counted before the division, so the update is the same again, however many
     they are. All return equal stats.
 
-    Raises ValueError, before anything is updated, if no target counts, and Diverged (a ValueError)
-    if the loss or the gradient is not finite.
+    Raises NothingToLearn, before anything is updated, if no target counts, and Diverged if the loss
+    or the gradient is not finite; both are ValueErrors.
     """
     device = micro_batches[0].tokens.device
     n_own = torch.tensor(sum(batch.n_targets for batch in micro_batches), device=device)
     n_targets = int(add_up(n_own, group))
     if n_targets == 0:
-        raise ValueError(
+        raise NothingToLearn(
             f"Step {step} has no target: every target of its {len(micro_batches)} micro-batches is "
             f"{IGNORE} (ignored), so there is nothing to learn from. Check the masks."
         )
