@@ -1,0 +1,337 @@
+"""Supervised fine-tuning: dialogues become rows of token ids, of which a model learns the answers.
+
+    dialogues ─tokenise→ list[Example] ─pack→ rows ─batches→ Iterator[Batch] ─train→ StepStats
+
+`SftRun` takes the examples, and does the rest with a folder, states and a checkpoint at the end.
+
+Source: Touvron et al. 2023b, sec. 3.1 (arXiv:2307.09288). Built in notebooks/10_sft.ipynb.
+"""
+
+import hashlib
+import os
+import warnings
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import ceil, inf
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from minillama.chat.dialog import Message, encode_dialog
+from minillama.checkpoint import open_checkpoint
+from minillama.checkpoint.weights import Checkpoint, llama_from
+from minillama.config import RunConfig, TrainingConfig
+from minillama.data.mixture import Batches
+from minillama.data.packing import IGNORE, Batch
+from minillama.model import Llama
+from minillama.plan import TrainingPlan
+from minillama.tokenizer import Tokenizer
+from minillama.training.run import PretrainingRun
+
+Dialogue: TypeAlias = Sequence[Message]
+TOKENS, TARGETS, POSITIONS = range(3)  # the lines of a packed row
+FILLER = 0  # the id behind the last dialogue of a row: nobody looks at it
+
+
+# --- Dialogues to examples ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """A dialogue in token ids and, at each, the id that is to be learned next (or `IGNORE`)."""
+
+    ids: Sequence[int]
+    targets: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.targets):
+            raise ValueError(
+                f"The example has {len(self.ids)} ids, but {len(self.targets)} targets: there must "
+                f"be one for each id, {IGNORE} where nothing is to be learned."
+            )
+
+    @property
+    def learned(self) -> list[int]:
+        """The ids that are learned."""
+        return [target for target in self.targets if target != IGNORE]
+
+
+def tokenise(
+    dialogues: Iterable[Dialogue] | Mapping[str, Dialogue],
+    tokenizer: Tokenizer,
+    chat_format: str = "llama2",
+    seq_len: int | None = None,
+) -> list[Example]:
+    """Dialogues as a model learns them: the answers, and the pieces that end them.
+
+    What users and system say is read and never a target. Dialogues come with the names of their
+    places, for messages, or are counted.
+
+    One that is longer than ``seq_len`` is cut behind its last answer that fits; one whose first
+    answer does not fit is left out. A warning tells which.
+
+    Raises ValueError, naming the place, for a dialogue that does not end with an answer, has an
+    empty one, or that `encode_dialog` refuses.
+    """
+    if not isinstance(dialogues, Mapping):
+        dialogues = {f"Dialogue {n}": dialogue for n, dialogue in enumerate(dialogues, 1)}
+    examples, cut, dropped = [], [], []
+    for place, dialogue in dialogues.items():
+        try:
+            _check_answers(dialogue)
+            example = _example(dialogue, tokenizer, chat_format)
+            kept = list(dialogue)
+            while seq_len is not None and len(example.ids) > seq_len and len(kept) > 3:
+                del kept[-2:]
+                example = _example(kept, tokenizer, chat_format)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        if seq_len is not None and len(example.ids) > seq_len:
+            dropped.append(place)
+            continue
+        if len(kept) < len(dialogue):
+            cut.append(place)
+        examples.append(example)
+    if cut or dropped:
+        warnings.warn(
+            f"Of {len(dialogues)} dialogues, {len(cut) + len(dropped)} are longer than seq_len "
+            f"({seq_len} tokens): {len(cut)} are cut behind the last answer that fits"
+            f"{_named(cut)}, and {len(dropped)} are left out, for not even the first one fits"
+            f"{_named(dropped)}. Raise seq_len to keep them whole.",
+            stacklevel=2,
+        )
+    return examples
+
+
+def _example(dialogue: Dialogue, tokenizer: Tokenizer, chat_format: str) -> Example:
+    tokens = encode_dialog(dialogue, tokenizer, chat_format)
+    following = zip(tokens.ids[1:], tokens.learned[1:], strict=True)
+    return Example(tokens.ids, [id if learned else IGNORE for id, learned in following] + [IGNORE])
+
+
+def _check_answers(dialogue: Dialogue) -> None:
+    if not dialogue or dialogue[-1].role != "assistant":
+        raise ValueError(
+            "The dialogue does not end with an answer of the assistant's: there is nothing to "
+            "learn behind its last message. Add the answer, or take that message out."
+        )
+    for place, message in enumerate(dialogue, 1):
+        if message.role == "assistant" and not message.content.strip():
+            raise ValueError(
+                f"Message {place} (assistant) is empty: a model would learn to say nothing. Write "
+                f"the answer, or take the turn out."
+            )
+
+
+def _named(places: list[str], most: int = 3) -> str:
+    """Some of the places, in brackets."""
+    if not places:
+        return ""
+    return f" ({', '.join(places[:most])}{', ...' * (len(places) > most)})"
+
+
+# --- Examples to rows, rows to batches ------------------------------------------------------------
+
+
+def pack(examples: Iterable[Example], seq_len: int) -> Int[np.ndarray, "rows 3 seq"]:
+    """Put the examples into as few rows of ``seq_len`` tokens as one easily finds.
+
+    A row has three lines: token ids, targets, and positions, which count each example from 0 on.
+    No example is cut. The longest come first, each into the fullest row that has room for it
+    (best-fit decreasing), so that rows are filled nearly to the end; what is left of a row has no
+    targets.
+
+    An example without any target is left out, with a warning: it would teach nothing.
+    Raises ValueError if none is left, or for one that is longer than a row.
+    Source: Krell et al. 2021 (arXiv:2107.02027). Built in notebooks/10_sft.ipynb.
+    """
+    given = list(examples)
+    useful = [example for example in given if example.learned]
+    if len(useful) < len(given):
+        warnings.warn(
+            f"{len(given) - len(useful)} of {len(given)} examples have no target, so there is "
+            f"nothing to learn from them: they are left out.",
+            stacklevel=2,
+        )
+    if not useful:
+        raise ValueError(
+            "There is no example to learn from: give dialogues with at least one answer that fits."
+        )
+    rows = list[list[Example]]()
+    room = list[tuple[int, int]]()  # (tokens, row) of all rows, by how much room they have
+    for example in sorted(useful, key=lambda example: len(example.ids), reverse=True):
+        size = len(example.ids)
+        if size > seq_len:
+            raise ValueError(
+                f"An example has {size} tokens, but a row {seq_len} (seq_len). Raise seq_len, or "
+                f"have `tokenise` cut the dialogues to it."
+            )
+        fullest = bisect_left(room, (size, 0))
+        if fullest == len(room):
+            room.append((seq_len, len(rows)))
+            rows.append([])
+        left, row = room.pop(fullest)
+        rows[row].append(example)
+        insort(room, (left - size, row))
+    return np.stack([_packed(row, seq_len) for row in rows])
+
+
+def _packed(examples: Sequence[Example], seq_len: int) -> Int[np.ndarray, "3 seq"]:
+    row = np.full((3, seq_len), IGNORE, dtype=np.int32)
+    row[TOKENS] = FILLER
+    # What fills the row goes on counting: a row of one example is a text as any other.
+    start, row[POSITIONS] = 0, np.arange(seq_len)
+    for example in examples:
+        end = start + len(example.ids)
+        row[TOKENS, start:end] = example.ids
+        row[TARGETS, start:end] = example.targets
+        row[POSITIONS, start:] = np.arange(seq_len - start)
+        start = end
+    return row
+
+
+def as_batch(rows: Int[np.ndarray, "batch 3 seq"], across: bool = False) -> Batch:
+    """Packed rows as a batch. With ``across`` a row is one text: examples see those before them."""
+    ids = torch.from_numpy(rows.astype(np.int64))
+    tokens, targets, positions = ids.unbind(1)
+    return Batch(tokens, targets, None if across else positions)
+
+
+def batches(
+    rows: Int[np.ndarray, "rows 3 seq"], batch_size: int, seed: int, across: bool = False
+) -> Batches:
+    """Batches of packed rows without end; each epoch shows every row once, in an order of its own.
+
+    For `minillama.training.train`, where no folder is wanted; see `as_batch` for ``across``.
+    """
+    to_batch = partial(as_batch, across=across)
+    return Batches({"examples": rows}, {"examples": 1.0}, batch_size, seed, to_batch=to_batch)
+
+
+# --- A run ----------------------------------------------------------------------------------------
+
+
+class SftRun(PretrainingRun):
+    """Fine-tune the model in a checkpoint on examples, whole, in a run like those of pretraining.
+
+    It takes the same steps, leaves the same folder, saves the same states, and resumes as exactly;
+    the examples are packed into rows of `config.seq_len` tokens. `base` is what `open_checkpoint`
+    takes; it is read again to resume, and never written. Where `seq_len` is more than its context,
+    the new model has that context: RoPE has angles for every position, and training gives them
+    their sense (Llama 2's authors did so with LLaMA 1).
+
+    With `epochs` the run has as many steps as it takes to learn every row so often, and
+    `config.steps` does not count. `across` lets the examples of a row see those before them.
+    `held_out` are examples to measure the loss on; validation is in nats per learned token, and in
+    bits per byte of what is learned.
+
+    Raises ValueError or OSError; also for a base whose weights are in few bits.
+    Source: Touvron et al. 2023b, sec. 3.1. Shown in notebooks/10_sft.ipynb.
+    """
+
+    _TABLES: ClassVar[tuple[str, ...]] = ("model", "shares", "base", "packing")
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        tokenizer: Tokenizer,
+        base: str | os.PathLike[str],
+        config: TrainingConfig,
+        epochs: float | None = None,
+        across: bool = False,
+        device: str | torch.device = "cpu",
+        saving: RunConfig | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        path = Path(base).absolute() if Path(base).exists() else base  # or a name
+        model_config = _open_base(base, config.seq_len).config
+        rows = pack(examples, config.seq_len)
+        if epochs is not None:
+            config = replace(config, steps=_steps(epochs, len(rows), config))
+        settings = {
+            "model": model_config.to_dict(),
+            "training": asdict(config),
+            "saving": asdict(saving or RunConfig()),
+            "shares": {"examples": 1.0},
+            "base": {"path": str(path)},
+            "packing": {"across": across},
+            "data": dict(origin or {}),
+        }
+        held_out_rows = pack(held_out, config.seq_len)
+        self._start(Path(folder), {"examples": rows}, held_out_rows, tokenizer, settings, device)
+
+    def _plan(self, settings: Mapping[str, Any]) -> TrainingPlan:
+        if "packing" not in settings:
+            raise ValueError(
+                "This is no run of fine-tuning: `minillama pretrain`, or `lora`, resumes it."
+            )
+        return super()._plan(settings)
+
+    def _first_model(self, settings: Mapping[str, Any]) -> Llama:
+        checkpoint = _open_base(settings["base"]["path"], self.config.seq_len)
+        if checkpoint.config.to_dict() != settings["model"]:
+            raise ValueError(
+                f"{checkpoint.path} holds another model than when this run was started. Restore "
+                f"it, or start a new run."
+            )
+        return llama_from(checkpoint, dtype=torch.float32)
+
+    @staticmethod
+    def _write(path: Path, rows: np.ndarray, tokenizer: Tokenizer, seq_len: int) -> dict[str, int]:
+        learned = [[id for id in row[TARGETS].tolist() if id != IGNORE] for row in rows]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(save({"rows": rows}, {"sha256": _digest(rows)}))
+        return {
+            "tokens": sum(map(len, learned)),
+            "bytes": sum(len(tokenizer.decode(ids).encode()) for ids in learned),
+        }
+
+    def _read(self, path: Path) -> np.ndarray:
+        try:
+            with safe_open(path, "np") as file:
+                rows = file.get_tensor("rows")
+                intact = file.metadata()["sha256"] == _digest(rows)
+        except SafetensorError:
+            intact = False
+        if not intact:
+            raise ValueError(
+                f"{path} is damaged: its rows are not those that were written. Copy it again, or "
+                f"start a new run."
+            )
+        return rows
+
+    def _to_batch(self, rows: np.ndarray) -> Batch:
+        return as_batch(rows, self._identity["packing"]["across"])
+
+
+def _steps(epochs: float, n_rows: int, config: TrainingConfig) -> int:
+    """How many steps see every row so often."""
+    if not 0 < epochs < inf:
+        raise ValueError(f"epochs is {epochs}, but must be above 0.")
+    return ceil(epochs * n_rows / (config.batch_size * config.accumulation))
+
+
+def _open_base(base: str | os.PathLike[str], seq_len: int) -> Checkpoint:
+    """The model to start from, with a context of at least ``seq_len`` tokens."""
+    checkpoint = open_checkpoint(base)
+    if checkpoint.quantization:
+        raise ValueError(
+            f"{base} holds weights in {checkpoint.quantization['kind']}, and what has a few bits "
+            f"cannot move by a little. Take the model it was made of; or train an adapter: "
+            f"minillama lora."
+        )
+    context = max(checkpoint.config.max_seq_len, seq_len)
+    return replace(checkpoint, config=replace(checkpoint.config, max_seq_len=context))
+
+
+def _digest(rows: np.ndarray) -> str:
+    return hashlib.sha256(rows.tobytes()).hexdigest()
