@@ -38,8 +38,12 @@ from minillama.tokenizer import Tokenizer
 
 
 @runtime_checkable
-class Rule(Protocol):
-    """An instruction that can hold over a dialogue, such as `minillama.data.dialogues` has."""
+class Instruction(Protocol):
+    """What can hold over a dialogue, such as `minillama.data.dialogues.instructions` gives."""
+
+    @property
+    def kind(self) -> str:
+        """What it is about: two of one kind contradict each other."""
 
     @property
     def text(self) -> str: ...
@@ -49,7 +53,19 @@ class Rule(Protocol):
         """The same in fewer words."""
 
     def obeys(self, answer: str) -> bool:
-        """Whether an answer does what it says; True where nobody can tell."""
+        """Whether an answer does what it says; True where no function can tell."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is said to the model, in these words, and what it asks for: one thing or several."""
+
+    text: str
+    instructions: tuple[Instruction, ...]
+
+    def obeys(self, answer: str) -> bool:
+        """Whether an answer does all that it says."""
+        return all(instruction.obeys(answer) for instruction in self.instructions)
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,33 @@ class Talk:
 
 
 # --- Dialogues under a rule -----------------------------------------------------------------------
+
+
+def draw_rules(
+    instructions: Sequence[Instruction], n: int, rng: Random, combined: float = 0.25
+) -> list[Rule]:
+    """`n` rules at random: each kind of instruction as often as the others, half of them short.
+
+    The share `combined` of them are two instructions of different kinds in one, in the order in
+    which the kinds were given.
+    Source: Touvron et al. 2023b, sec. 3.3: "randomly combining", "half of the time".
+    """
+    kinds: dict[str, list[Instruction]] = {}
+    for instruction in instructions:
+        kinds.setdefault(instruction.kind, []).append(instruction)
+    rules = []
+    for _ in range(n):
+        # Of all methods of Random, only random() is promised to stay as it is.
+        chosen = sorted(kinds, key=lambda _: rng.random())[: 2 if rng.random() < combined else 1]
+        parts = tuple(
+            of_kind[int(rng.random() * len(of_kind))]
+            for kind, of_kind in kinds.items()
+            if kind in chosen
+        )
+        is_short = rng.random() < 0.5
+        text = " ".join(part.short if is_short else part.text for part in parts)
+        rules.append(Rule(text, parts))
+    return rules
 
 
 def instructed(
@@ -230,17 +273,14 @@ def examples(
     """Training examples out of dialogues that were held under a rule, `n_each` of every one.
 
     Chance picks the turn that is the last one, among those in which the answer obeyed and came to
-    its end; and the rule's long form or its short one, each half of the time. A dialogue without
-    such an answer gives none.
+    its end. A dialogue without such an answer gives none.
     """
     found = []
     for talk in talks:
         turns = [turn for turn, good in enumerate(talk.obeyed, 1) if good]
         for _ in range(n_each if turns else 0):
-            # Of all methods of Random, only random() is promised to stay as it is.
             last = turns[int(rng.random() * len(turns))]
-            instruction = talk.rule.short if rng.random() < 0.5 else talk.rule.text
-            found.append(ghost(talk.messages[: 2 * last], instruction, tokenizer, chat_format))
+            found.append(ghost(talk.messages[: 2 * last], talk.rule.text, tokenizer, chat_format))
     return found
 
 

@@ -1,5 +1,6 @@
 """Ghost Attention: who is told what, what is learned, and how far a model obeys."""
 
+from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
@@ -11,7 +12,9 @@ from transformers_llama import transformers_copy
 
 from minillama.chat import Message, encode_dialog
 from minillama.chat.gatt import (
+    Rule,
     Talk,
+    draw_rules,
     examples,
     ghost,
     hold,
@@ -20,9 +23,10 @@ from minillama.chat.gatt import (
     strongest_attention,
 )
 from minillama.config import Sampling
-from minillama.data.dialogues import instructions
+from minillama.data.dialogues import KINDS, combine, instructions
 from minillama.generation import generate
 
+FORMS = ("text", "short")
 MODEL = small_llama(max_seq_len=512)
 DIALOGUE = [
     Message("user", "Ada?"),
@@ -37,14 +41,25 @@ class Ends:
     """Answers are to end with a word."""
 
     word: str
-    text: str = "Always end with a boat."
-    short: str = "End: boat."
+    kind: str = "end"
+
+    @property
+    def text(self) -> str:
+        return f"Always end with a {self.word}."
+
+    @property
+    def short(self) -> str:
+        return f"End: {self.word}."
 
     def obeys(self, answer: str) -> bool:
         return answer.endswith(self.word)
 
 
-BOAT = Ends("boat")
+def ends(word: str) -> Rule:
+    return Rule(f"End with {word}.", (Ends(word),))
+
+
+BOAT = ends("boat")
 
 
 # ------------------------------------------------------------------------ dialogues under a rule
@@ -78,7 +93,7 @@ def answered_alone(tok, questions: list[str], told: str, every_turn: bool) -> li
 @pytest.mark.parametrize("rows", [1, 2, 64])
 def test_each_dialogue_is_answered_as_it_would_be_alone(tok, rows, every_turn):
     questions = [["Ada?"], ["Ben?", "Ida had a drum. Who?", "Jon?"], ["Clara?", "Emil?"]]
-    rules = [Ends(word, f"Say {word}.") for word in ("kite", "lamp", "boat")]
+    rules = [ends(word) for word in ("kite", "lamp", "boat")]
     talks = hold(MODEL, tok, questions, rules, every_turn, max_new_tokens=9, rows=rows)
     for asked, rule, talk in zip(questions, rules, talks, strict=True):
         assert talk.rule is rule
@@ -107,7 +122,7 @@ def test_a_dialogue_draws_with_a_seed_of_its_own(tok):
 
 
 def test_an_answer_that_met_its_limit_is_not_finished_and_does_not_obey(tok):
-    (whole,) = hold(MODEL, tok, [["Ada?"]], [Ends("")], max_new_tokens=9)
+    (whole,) = hold(MODEL, tok, [["Ada?"]], [ends("")], max_new_tokens=9)
     assert whole.finished == [False]
     assert whole.obeyed == [False]  # "" ends any answer, but this one did not end
 
@@ -118,7 +133,8 @@ def test_an_answer_ends_with_the_piece_of_the_format(tok, monkeypatch):
     (alone,) = generate(MODEL, tok, [ids], max_new_tokens=9)
     end = next(i for i in alone.token_ids if i != alone.token_ids[0])
     monkeypatch.setattr("minillama.chat.gatt.end_of_answer", lambda *_: end)
-    (shorter,) = hold(MODEL, tok, [["Ada?"]], [Ends("")], max_new_tokens=9)
+    any_end = Rule(BOAT.text, (Ends(""),))
+    (shorter,) = hold(MODEL, tok, [["Ada?"]], [any_end], max_new_tokens=9)
     assert shorter.finished == shorter.obeyed == [True]
     n = alone.token_ids.index(end)
     assert shorter.messages[1].content == tok.decode(alone.token_ids[:n]).strip()
@@ -138,6 +154,26 @@ def test_dialogues_that_do_not_fit_are_refused_with_numbers(tok):
         hold(MODEL, tok, [["Ada had a kite, and Ben had a lamp."] * 3], [BOAT], max_new_tokens=400)
     with pytest.raises(ValueError, match="2 dialogues and 1 rules"):
         hold(MODEL, tok, [["Ada?"], ["Ben?"]], [BOAT])
+
+
+def test_rules_are_drawn_by_kind_half_of_them_short_and_some_of_two():
+    toy = instructions("train")
+    rules = draw_rules(toy, 1200, Random(0))
+    single = [rule for rule in rules if len(rule.instructions) == 1]
+    assert 800 < len(single) < 1000
+    kinds = Counter(rule.instructions[0].kind for rule in single)
+    assert set(kinds) == set(KINDS)
+    assert all(200 < n < 400 for n in kinds.values())  # although there are many words to end with
+    for rule in rules:
+        long, short = (" ".join(getattr(i, form) for i in rule.instructions) for form in FORMS)
+        assert rule.text in (long, short)
+        joined = combine(*rule.instructions) if rule not in single else rule.instructions[0]
+        assert joined.text == long  # in the order in which the toy world says them
+        assert rule.obeys(joined.apply("It was here."))
+        assert not rule.obeys("It was here.")
+    assert 500 < sum(rule.text == rule.instructions[0].short for rule in single) * 4 / 3 < 700
+    assert draw_rules(toy, 9, Random(1)) == draw_rules(toy, 9, Random(1))
+    assert {len(rule.instructions) for rule in draw_rules(toy, 50, Random(0), combined=0.0)} == {1}
 
 
 # --------------------------------------------------------------------------------- training data
@@ -199,15 +235,10 @@ def test_only_answers_that_obeyed_become_the_last_one(tok):
         talk_of("a boat", finished=False),
     ]
     found = examples(talks, tok, Random(0), n_each=40)
-    expected = {
-        (said, n): ghost(talks[0].messages[: 2 * n], said, tok).ids
-        for said in (BOAT.text, BOAT.short)
-        for n in (1, 3)
-    }
-    assert len(found) == 40
-    counts = {case: sum(each.ids == ids for each in found) for case, ids in expected.items()}
-    assert sum(counts.values()) == 40
-    assert all(5 <= n <= 15 for n in counts.values())  # each of the four is as likely
+    expected = {n: ghost(talks[0].messages[: 2 * n], BOAT.text, tok).ids for n in (1, 3)}
+    counts = {n: sum(each.ids == ids for each in found) for n, ids in expected.items()}
+    assert len(found) == sum(counts.values()) == 40
+    assert all(10 <= n <= 30 for n in counts.values())  # both are as likely
 
 
 def test_a_seed_gives_the_same_examples(tok):
@@ -224,13 +255,6 @@ def test_obedience_is_a_share_for_each_turn():
     talks = [talk_of("boat", "boat", "kite"), talk_of("boat", "kite"), talk_of("boat")]
     assert obedience(talks) == [1.0, 0.5, 0.0]
     assert obedience([]) == []
-
-
-def test_the_toy_world_s_instructions_are_rules(tok):
-    rule = instructions("train", "last word")[0]
-    word = rule.parts[0][1]
-    talk = Talk(rule, [Message("user", "Who?"), Message("assistant", f"Ada, {word}.")], [True])
-    assert talk.obeyed == [True]
 
 
 def test_the_strongest_attention_is_that_of_transformers():
