@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from minillama.app.limits import Limits
 from minillama.config import (
     LLAMA_2_CHAT,
     PRESETS,
@@ -34,6 +35,7 @@ from minillama.config import (
 if TYPE_CHECKING:
     import torch
 
+    from minillama.app.models import ServedModel
     from minillama.model import Llama
     from minillama.plan import InferencePlan, TrainingPlan
     from minillama.tokenizer import Tokenizer
@@ -466,6 +468,95 @@ class Chat:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Answer over HTTP, in the OpenAI protocol, and show a page to chat on.
+
+    Example: minillama serve smollm2-135m-instruct --adapter poet=runs/poet/adapter
+    """
+
+    models: tyro.conf.Positional[tuple[str, ...]]  # checkpoints, or names: see `minillama fetch`
+    # What clients call them, one for each; without it, as their files are called.
+    name: Annotated[tuple[str, ...], REPEATED] = ()
+    # NAME=FOLDER of the first model, or MODEL:NAME=FOLDER: as fast as a model, and costs little.
+    adapter: Annotated[tuple[str, ...], REPEATED] = ()
+    # NAME=URL of another server of this protocol, whose models are offered as NAME/MODEL.
+    endpoint: Annotated[tuple[str, ...], REPEATED] = ()
+    host: str = "127.0.0.1"  # another address can be reached from outside, and needs a token
+    port: int = 8000  # 0 takes one that is free
+    token: str | None = None  # that clients must have; better in the environment: MINILLAMA_TOKEN
+    data: Path | None = None  # where the page keeps conversations; else, in your own data folder
+    rows: int = 8  # answers of a model that are written at a time; more wait
+    max_len: int | None = None  # tokens of prompt and answer; without it, the model's context
+    tokenizer: Path | None = None  # where it does not lie beside the weights
+    chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
+    quantize: str | None = None  # int8, int4, nf4: fewer bits for the weights
+    dtype: str | None = None  # float32, bfloat16, float16; without it, that of the weights
+    device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
+    compile: bool = False  # faster, after 10 to 30 seconds at the first answer
+    grace: float = 20.0  # seconds that answers have to end when the server is told to
+    sampling: Annotated[Sampling, FLAT] = LLAMA_2_CHAT  # where a client does not say
+    limits: Annotated[Limits, FLAT] = field(default_factory=Limits)
+
+    def run(self) -> None:
+        try:
+            from minillama.app.conversations import router
+            from minillama.app.endpoints import Endpoint
+            from minillama.app.server import create_app, hosts_of, listen, serve
+            from minillama.app.store import Store, data_folder
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"The server needs more than the rest of minillama ({error.name} is missing): "
+                f"pip install 'minillama[serve]'"
+            ) from None
+        token = self.token or os.environ.get("MINILLAMA_TOKEN")
+        hosts = hosts_of(self.host, token)
+        endpoints = [Endpoint(*_named("endpoint", each)) for each in self.endpoint]
+        path = self.data or data_folder() / "conversations.sqlite3"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store = Store(path)
+        listening = listen(self.host, self.port)
+        app = create_app(
+            self._models(), endpoints, self.limits, token, hosts, conversations=router(store)
+        )
+        serve(app, listening, self.grace)
+
+    def _models(self) -> "list[ServedModel]":
+        from minillama.app.models import serve_model
+        from minillama.checkpoint.peft import load_adapter
+
+        names = self.name or tuple(map(_name_of, self.models))
+        if len(names) != len(self.models):
+            raise ValueError(
+                f"There are {len(self.models)} models and {len(names)} names: give --name once for "
+                f"each, in their order, or not at all."
+            )
+        folders: dict[str, dict[str, str]] = {name: {} for name in names}
+        for each in self.adapter:
+            name, folder = _named("adapter", each)
+            model, colon, adapter = name.rpartition(":")
+            owner = known_name("model", model, folders) if colon else names[0]
+            folders[owner][adapter] = folder
+        opening = Opening(
+            tokenizer=self.tokenizer, quantize=self.quantize, dtype=self.dtype, device=self.device
+        )
+        served = []
+        for path, name in zip(self.models, names, strict=True):
+            llama, tokenizer = opening.load(path)
+            served += serve_model(
+                name,
+                llama,
+                tokenizer,
+                {key: load_adapter(folder, llama.config) for key, folder in folders[name].items()},
+                self.chat_format,
+                self.sampling,
+                self.rows,
+                self.max_len,
+                self.compile,
+            )
+        return served
+
+
+@dataclass(frozen=True, kw_only=True)
 class Info:
     """Show sizes: all presets, or one preset or checkpoint in full.
 
@@ -812,6 +903,7 @@ def main(arguments: list[str] | None = None) -> None:
             | Annotated[Fetch, tyro.conf.subcommand("fetch")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]
             | Annotated[Chat, tyro.conf.subcommand("chat")]
+            | Annotated[Serve, tyro.conf.subcommand("serve")]
             | Annotated[Info, tyro.conf.subcommand("info")]
             | Annotated[Plan, tyro.conf.subcommand("plan")],
             prog="minillama",
@@ -918,6 +1010,20 @@ def _keeps_settings(out: Path, wanted: Any, started: Any, usual: Any = None) -> 
                 f"{getattr(wanted, key)} now. A resumed run keeps its settings: leave the flag "
                 f"out, or start a new run with --out."
             )
+
+
+def _named(what: str, text: str) -> tuple[str, str]:
+    """Of "NAME=VALUE". Raises ValueError for what is none."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ValueError(f"--{what} is {text!r}, but must be a name and what it stands for: A=B.")
+    return name, value
+
+
+def _name_of(model: str) -> str:
+    """What a checkpoint is called: runs/toy/checkpoint is "toy", a/b.gguf is "b"."""
+    path = Path(model)
+    return path.parent.name if path.name == "checkpoint" and path.parent.name else path.stem
 
 
 def _config(model: str) -> LlamaConfig:

@@ -30,6 +30,7 @@ COMMANDS = (
     "lora",
     "generate",
     "chat",
+    "serve",
     "info",
     "curate",
     "plan",

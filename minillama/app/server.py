@@ -18,6 +18,7 @@ import hmac
 import ipaddress
 import logging
 import re
+import secrets
 import socket
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -371,7 +372,7 @@ Resources = Annotated[AsyncExitStack, Depends(until_sent)]
 class Service:
     """What there is to ask: models by name, and other servers.
 
-    Raises ValueError if two have the same name.
+    Raises ValueError if two have the same name, or if there is nothing.
     """
 
     def __init__(
@@ -381,6 +382,8 @@ class Service:
         self.endpoints = {endpoint.name: endpoint for endpoint in endpoints}
         self.threads = {model.thread for model in models}
         self.limits = limits
+        if not models and not endpoints:
+            raise ValueError("There is nothing to serve: name a checkpoint, or an endpoint.")
         if len(self.models) < len(models) or len(self.endpoints) < len(endpoints):
             names = [*(model.name for model in models), *(each.name for each in endpoints)]
             raise ValueError(
@@ -526,16 +529,22 @@ def create_app(
 # --- The server ----------------------------------------------------------------------------------
 
 
-class _Server(uvicorn.Server):
-    """Asked to end, it gives the answers that are being written `grace` seconds."""
+def hosts_of(host: str, token: str | None) -> Sequence[str] | None:
+    """The names under which a server at this address answers; None is any (see `Guard`).
 
-    def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
-        super().__init__(config)
-        self._service, self._grace = service, grace
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(self._grace, self._service.interrupt)
-        await super().shutdown(sockets)
+    Raises ValueError where an address that others can reach has no token, or one that is guessed.
+    """
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError("The token must consist of letters, digits and signs, without spaces.")
+    if is_loopback(host):
+        return LOOPBACK if host in LOOPBACK else (*LOOPBACK, host)
+    if token is None or len(token) < 16:
+        raise ValueError(
+            f"{host or 'An empty --host'} can be reached by others, so the server needs a token "
+            f"of 16 characters or more, for example MINILLAMA_TOKEN={secrets.token_urlsafe(24)} in "
+            f"the environment. --host 127.0.0.1 is for this machine alone."
+        )
+    return None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -543,15 +552,18 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise OSError(
-            f"{host}:{port} cannot be served ({error.strerror or error}). Choose another --port; "
-            f"0 is any that is free."
+            f"{host}:{port} cannot be served ({error}). Choose another --port; 0 is any that is "
+            f"free."
         ) from None
 
 
-def run(app: FastAPI, listening: socket.socket, grace: float = 20.0) -> None:
-    """Serve until SIGTERM or Ctrl-C. A second Ctrl-C does not wait."""
+def serve(app: FastAPI, listening: socket.socket, grace: float = 20.0) -> None:
+    """Run the app until SIGTERM or Ctrl-C, and say where once it answers.
+
+    Answers that are being written then have `grace` seconds; a second Ctrl-C does not wait.
+    """
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -561,3 +573,22 @@ def run(app: FastAPI, listening: socket.socket, grace: float = 20.0) -> None:
         timeout_graceful_shutdown=int(grace) + 3,
     )
     _Server(config, app.state.service, grace).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Tells where it is, and has an end that does not cut off what is being written."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
+        super().__init__(config)
+        self._service, self._grace = service, grace
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or []:
+            host, port = each.getsockname()[:2]
+            at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            print(f"{', '.join(self._service.models)}: {at} (API: {at}/v1)", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._grace, self._service.interrupt)
+        await super().shutdown(sockets)
