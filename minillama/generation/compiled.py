@@ -1,13 +1,13 @@
 """Decoding with a compiler: one token through all layers as one function."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from minillama.generation.decoder import Decoder
+from minillama.generation.vector import for_one_row
 from minillama.model import Llama, rope_angles
 
 
@@ -40,7 +40,7 @@ class CompiledDecoder(Decoder):
                 torch._dynamo.mark_static_address(layer)
             else:
                 torch._dynamo.mark_dynamic(layer, 2)
-        self._twin = _for_one_row(model) if rows == 1 and not self._cuda else model
+        self._twin = for_one_row(model, compiled=True) if rows == 1 else model
         self._step = torch.compile(_step, options={"triton.cudagraphs": self._cuda})
         self._started = False
 
@@ -99,33 +99,3 @@ class _Place:
         self.keys[rows, :, self.positions] = k[:, :, 0]
         self.values[rows, :, self.positions] = v[:, :, 0]
         return self.keys[:, :, : self.k_len], self.values[:, :, : self.k_len]
-
-
-class VectorProduct(nn.Module):
-    """What an nn.Linear does, for a single row and a compiler: one pass over the weights.
-
-    MKL, which nn.Linear calls in float32, reads no faster than a third of the memory's speed
-    on processors other than Intel's; and in 16 bits, what it reads is not added up in float32.
-    """
-
-    def __init__(self, weight: Float[Tensor, "d_out d_in"]) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, x: Float[Tensor, "1 1 d_in"]) -> Float[Tensor, "1 1 d_out"]:
-        return (self.weight.float() * x.float()).sum(-1)[None].type_as(x)
-
-
-def _for_one_row(model: Llama) -> Llama:
-    """The same model, in the same memory, with the products that are fastest here for one row."""
-    leaves = {id(module): module for module in model.modules() if not any(module.children())}
-    twin = copy.deepcopy(model, leaves)
-    for parent in list(twin.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and not _mkl_is_fast(child.weight):
-                setattr(parent, name, VectorProduct(child.weight))
-    return twin
-
-
-def _mkl_is_fast(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and "Intel" in torch.cpu.get_capabilities()["cpu_name"]

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minillama.generation.vector import for_one_row
 from minillama.model import KVCache, Llama
 
 
@@ -25,6 +26,7 @@ class Decoder:
     def __init__(self, model: Llama, rows: int, max_len: int) -> None:
         weight = model.tok_embeddings.weight  # the head may be quantised
         self.model = model
+        self._one = for_one_row(model) if rows == 1 else model
         self.cache = KVCache(model.config, rows, max_len, weight.device, weight.dtype)
 
     @property
@@ -42,15 +44,16 @@ class Decoder:
         padded = [[*row, *[0] * (longest - len(row))] for row in ids]
         last = torch.tensor([len(row) - 1 for row in ids])
         hidden = self._read(first, padded, [len(row) for row in ids])
-        return self._logits(hidden[torch.arange(len(ids)), last])
+        return self.model.output(hidden[torch.arange(len(ids)), last]).float()
 
     def step(self, ids: Sequence[int]) -> Float[Tensor, "batch vocab"]:
         """Read one token more in each of the first rows; the logits behind it."""
-        return self._logits(self._read(0, [[token] for token in ids], [1] * len(ids))[:, -1])
+        hidden = self._read(0, [[token] for token in ids], [1] * len(ids), self._one)
+        return self._one.output(hidden[:, -1]).float()
 
     def extend(self, ids: Sequence[Sequence[int]]) -> Float[Tensor, "batch seq vocab"]:
         """Read equally many tokens more in each of the first rows; the logits behind every one."""
-        return self._logits(self._read(0, ids, list(map(len, ids))))
+        return self.model.output(self._read(0, ids, list(map(len, ids)))).float()
 
     def move(self, source: int, target: int) -> None:
         """Put one row in the place of another, whose text is forgotten; `source` is then empty."""
@@ -61,15 +64,18 @@ class Decoder:
         self.cache.clear(row)
 
     def _read(
-        self, first: int, ids: Sequence[Sequence[int]], lengths: list[int]
+        self,
+        first: int,
+        ids: Sequence[Sequence[int]],
+        lengths: list[int],
+        model: Llama | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """The hidden states of these tokens; each row grows by its length."""
         last = first + len(ids)
         rows = self.cache.part(first, last)
-        hidden = self.model.hidden(torch.tensor(ids, device=self.cache.keys.device), rows)
+        hidden = (model or self.model).hidden(
+            torch.tensor(ids, device=self.cache.keys.device), rows
+        )
         grown = zip(self.lengths[first:last], lengths, strict=True)
         self.lengths[first:last] = [old + new for old, new in grown]
         return hidden
-
-    def _logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
-        return self.model.output(hidden).float()

@@ -6,12 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from small import small_llama
-from torch import nn
-from torch.testing import assert_close
-
-from minillama.generation.compiled import VectorProduct, _for_one_row
 
 BEGINNING = """
 import torch
@@ -102,30 +96,3 @@ def test_the_compiled_step(script):
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@torch.inference_mode()
-def test_the_model_for_one_row_has_the_same_memory_and_gives_the_same_logits():
-    for model in (small_llama(), small_llama().bfloat16(), small_llama(tie_embeddings=True)):
-        twin = _for_one_row(model)
-        assert [p.data_ptr() for p in twin.parameters()] == [
-            p.data_ptr() for p in model.parameters()
-        ]
-        tokens = torch.tensor([[7]])
-        tolerance = 1e-4 if model.norm.weight.dtype == torch.float32 else 5e-2
-        logits = model(tokens)
-        atol = tolerance * logits.abs().max().item()
-        assert_close(twin(tokens), logits, rtol=tolerance, atol=atol)
-
-
-@torch.inference_mode()
-def test_16_bits_are_added_up_in_float32():
-    weight, x = torch.randn(5, 999).bfloat16(), torch.randn(1, 1, 999).bfloat16()
-    exact = (weight.double() @ x.double().flatten()).bfloat16()
-    assert_close(VectorProduct(weight)(x).flatten(), exact, rtol=2**-8, atol=1e-6)
-
-
-def test_a_models_own_layers_stay_as_they_are():
-    model = small_llama().bfloat16()
-    _for_one_row(model)
-    assert sum(isinstance(module, nn.Linear) for module in model.modules()) == 2 * 7 + 1
