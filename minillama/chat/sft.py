@@ -1,8 +1,8 @@
 """Supervised fine-tuning: dialogues become rows of token ids, of which a model learns the answers.
 
-    dialogues ─tokenise→ list[Example] ─pack→ rows ─batches→ Iterator[Batch] ─train→ StepStats
+    dialogues ─tokenise→ list[DialogTokens] ─pack→ rows ─batches→ Iterator[Batch] ─train→ StepStats
 
-`SftRun` takes the examples, and does the rest with a folder, states and a checkpoint at the end.
+`SftRun` does what comes behind `tokenise`, with a folder, states and a checkpoint at the end.
 
 Source: Touvron et al. 2023b, sec. 3.1 (arXiv:2307.09288). Built in notebooks/10_sft.ipynb.
 """
@@ -12,7 +12,7 @@ import os
 import warnings
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from math import ceil, inf
 from pathlib import Path
@@ -24,7 +24,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from minillama.chat.dialog import Message, encode_dialog
+from minillama.chat.dialog import DialogTokens, Message, encode_dialog
 from minillama.checkpoint import open_checkpoint
 from minillama.checkpoint.weights import Checkpoint, llama_from
 from minillama.config import RunConfig, TrainingConfig
@@ -43,36 +43,16 @@ FILLER = 0  # the id behind the last dialogue of a row: nobody looks at it
 # --- Dialogues to examples ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Example:
-    """A dialogue in token ids and, at each, the id that is to be learned next (or `IGNORE`)."""
-
-    ids: Sequence[int]
-    targets: Sequence[int]
-
-    def __post_init__(self) -> None:
-        if len(self.ids) != len(self.targets):
-            raise ValueError(
-                f"The example has {len(self.ids)} ids, but {len(self.targets)} targets: there must "
-                f"be one for each id, {IGNORE} where nothing is to be learned."
-            )
-
-    @property
-    def learned(self) -> list[int]:
-        """The ids that are learned."""
-        return [target for target in self.targets if target != IGNORE]
-
-
 def tokenise(
     dialogues: Iterable[Dialogue] | Mapping[str, Dialogue],
     tokenizer: Tokenizer,
     chat_format: str = "llama2",
     seq_len: int | None = None,
-) -> list[Example]:
-    """Dialogues as a model learns them: the answers, and the pieces that end them.
+) -> list[DialogTokens]:
+    """Dialogues as examples of which a model learns the answers, and the pieces that end them.
 
-    What users and system say is read and never a target. Dialogues come with the names of their
-    places, for messages, or are counted.
+    What users and system say is read and never learned. Error messages name the places where the
+    dialogues stand if these are given, and count them otherwise.
 
     One that is longer than ``seq_len`` is cut behind its last answer that fits; one whose first
     answer does not fit is left out. A warning tells which.
@@ -86,11 +66,11 @@ def tokenise(
     for place, dialogue in dialogues.items():
         try:
             _check_answers(dialogue)
-            example = _example(dialogue, tokenizer, chat_format)
+            example = encode_dialog(dialogue, tokenizer, chat_format)
             kept = list(dialogue)
             while seq_len is not None and len(example.ids) > seq_len and len(kept) > 3:
                 del kept[-2:]
-                example = _example(kept, tokenizer, chat_format)
+                example = encode_dialog(kept, tokenizer, chat_format)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         if seq_len is not None and len(example.ids) > seq_len:
@@ -108,12 +88,6 @@ def tokenise(
             stacklevel=2,
         )
     return examples
-
-
-def _example(dialogue: Dialogue, tokenizer: Tokenizer, chat_format: str) -> Example:
-    tokens = encode_dialog(dialogue, tokenizer, chat_format)
-    following = zip(tokens.ids[1:], tokens.learned[1:], strict=True)
-    return Example(tokens.ids, [id if learned else IGNORE for id, learned in following] + [IGNORE])
 
 
 def _check_answers(dialogue: Dialogue) -> None:
@@ -140,31 +114,31 @@ def _named(places: list[str], most: int = 3) -> str:
 # --- Examples to rows, rows to batches ------------------------------------------------------------
 
 
-def pack(examples: Iterable[Example], seq_len: int) -> Int[np.ndarray, "rows 3 seq"]:
+def pack(examples: Iterable[DialogTokens], seq_len: int) -> Int[np.ndarray, "rows 3 seq"]:
     """Put the examples into as few rows of ``seq_len`` tokens as one easily finds.
 
-    A row has three lines: token ids, targets, and positions, which count each example from 0 on.
+    A row has three lines: token ids; at each, its target, the next id where that is learned and
+    `IGNORE` elsewhere; and its position, counted from 0 on in each example.
     No example is cut. The longest come first, each into the fullest row that has room for it
-    (best-fit decreasing), so that rows are filled nearly to the end; what is left of a row has no
-    targets.
+    (best-fit decreasing), so that rows are filled nearly to the end; the rest has no targets.
 
-    An example without any target is left out, with a warning: it would teach nothing.
+    An example of which nothing is learned is left out, with a warning.
     Raises ValueError if none is left, or for one that is longer than a row.
     Source: Krell et al. 2021 (arXiv:2107.02027). Built in notebooks/10_sft.ipynb.
     """
     given = list(examples)
-    useful = [example for example in given if example.learned]
+    useful = [example for example in given if any(example.learned[1:])]
     if len(useful) < len(given):
         warnings.warn(
-            f"{len(given) - len(useful)} of {len(given)} examples have no target, so there is "
-            f"nothing to learn from them: they are left out.",
+            f"Of {len(given)} examples, {len(given) - len(useful)} have nothing that is learned: "
+            f"they are left out.",
             stacklevel=2,
         )
     if not useful:
         raise ValueError(
             "There is no example to learn from: give dialogues with at least one answer that fits."
         )
-    rows = list[list[Example]]()
+    rows = list[list[DialogTokens]]()
     room = list[tuple[int, int]]()  # (tokens, row) of all rows, by how much room they have
     for example in sorted(useful, key=lambda example: len(example.ids), reverse=True):
         size = len(example.ids)
@@ -183,7 +157,7 @@ def pack(examples: Iterable[Example], seq_len: int) -> Int[np.ndarray, "rows 3 s
     return np.stack([_packed(row, seq_len) for row in rows])
 
 
-def _packed(examples: Sequence[Example], seq_len: int) -> Int[np.ndarray, "3 seq"]:
+def _packed(examples: Sequence[DialogTokens], seq_len: int) -> Int[np.ndarray, "3 seq"]:
     row = np.full((3, seq_len), IGNORE, dtype=np.int32)
     row[TOKENS] = FILLER
     # What fills the row goes on counting: a row of one example is a text as any other.
@@ -191,7 +165,8 @@ def _packed(examples: Sequence[Example], seq_len: int) -> Int[np.ndarray, "3 seq
     for example in examples:
         end = start + len(example.ids)
         row[TOKENS, start:end] = example.ids
-        row[TARGETS, start:end] = example.targets
+        following = np.where(example.learned[1:], example.ids[1:], IGNORE)
+        row[TARGETS, start : end - 1] = following
         row[POSITIONS, start:] = np.arange(seq_len - start)
         start = end
     return row
@@ -241,8 +216,8 @@ class SftRun(PretrainingRun):
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        examples: Sequence[Example],
-        held_out: Sequence[Example],
+        examples: Sequence[DialogTokens],
+        held_out: Sequence[DialogTokens],
         tokenizer: Tokenizer,
         base: str | os.PathLike[str],
         config: TrainingConfig,

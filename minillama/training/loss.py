@@ -81,6 +81,7 @@ def fused_next_token_loss(
     of the loss with respect to them, softmax(logits) - one_hot(target), is known at once, so it is
     multiplied back to `hidden` and `weight` in the forward pass and nothing is kept but these two.
     What needs no gradient gets none: under a frozen head (LoRA) that is a third of the products.
+    Positions without a target have no logits: of a dialogue, answers alone are learned.
 
     With a `group` the words are dealt out among its ranks, equally many to each: `weight` is this
     rank's part, and the gradient of `hidden` is the part that these words contribute. Two numbers
@@ -91,6 +92,9 @@ def fused_next_token_loss(
     """
     rows = rearrange(hidden, "batch seq dim -> (batch seq) dim")
     wanted = rearrange(targets, "batch seq -> (batch seq)")
+    counts = wanted != IGNORE
+    if not counts.all():
+        rows, wanted = rows[counts], wanted[counts]
     if torch.is_grad_enabled():
         return _FusedLoss.apply(rows, weight, wanted, chunk, group)
     return sum(

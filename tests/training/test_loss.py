@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minillama.adapt.quantize import quantize
 from minillama.data.packing import IGNORE, Batch
 from minillama.model import Llama
-from minillama.training import fused_next_token_loss, next_token_loss
+from minillama.training import fused_next_token_loss, loss, next_token_loss
 from minillama.training.loss import batch_loss
 
 BATCH, SEQ, DIM, VOCAB = 3, 7, 8, 50
@@ -91,7 +91,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_frozen_head_changes_no_bit_and_costs_no_product():
-    hidden, weight, targets = inputs(dtype=torch.float32)
+    hidden, weight, targets = inputs(0.0, dtype=torch.float32)
     found, products = [], []
     for trained in (True, False):
         with Operations() as operations:
@@ -165,3 +165,21 @@ def test_a_head_that_is_no_plain_matrix_is_asked_for_its_logits():
     model.output = Doubled(32, 300, bias=False)
     batch = Batch(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))
     assert_close(batch_loss(model, batch), next_token_loss(model(batch.tokens), batch.targets))
+
+
+def test_positions_without_a_target_have_no_logits(monkeypatch):
+    rows = []
+
+    class Counting(loss._Chunk):
+        def __init__(self, logits, *others):
+            rows.append(len(logits))
+            super().__init__(logits, *others)
+
+    monkeypatch.setattr(loss, "_Chunk", Counting)
+    hidden, weight = torch.randn(2, 5, 4, requires_grad=True), torch.randn(7, 4)
+    targets = torch.full((2, 5), IGNORE)
+    targets[0, 1], targets[1, 3:] = 2, 6
+    fused_next_token_loss(hidden, weight, targets, chunk=2).backward()
+    assert rows == [2, 1]
+    assert hidden.grad.any(-1).tolist() == (targets != IGNORE).tolist()
+    fused_next_token_loss(hidden, weight, torch.full((2, 5), IGNORE)).backward()  # of none at all
