@@ -564,6 +564,11 @@ def serve(app: FastAPI, listening: socket.socket, grace: float = 20.0) -> None:
 
     Answers that are being written then have `grace` seconds; a second Ctrl-C does not wait.
     """
+    server_of(app, grace).run([listening])
+
+
+def server_of(app: FastAPI, grace: float) -> "Server":
+    """What `serve` runs; with `should_exit` it ends like with SIGTERM."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -572,10 +577,10 @@ def serve(app: FastAPI, listening: socket.socket, grace: float = 20.0) -> None:
         server_header=False,
         timeout_graceful_shutdown=int(grace) + 3,
     )
-    _Server(config, app.state.service, grace).run(sockets=[listening])
+    return Server(config, app.state.service, grace)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Tells where it is, and has an end that does not cut off what is being written."""
 
     def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
