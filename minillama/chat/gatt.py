@@ -10,10 +10,13 @@ that are read in training, so that nothing is to be learned from them.
 Source: Touvron et al. 2023b, sec. 3.3 (arXiv:2307.09288). Built in notebooks/11_gatt.ipynb.
 """
 
+import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from operator import eq
+from pathlib import Path
 from random import Random
 from typing import Protocol, runtime_checkable
 
@@ -86,7 +89,47 @@ class Talk:
         ]
 
 
-# --- Dialogues under a rule -----------------------------------------------------------------------
+# --- Rules ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """An instruction that no function can check, as those of the paper: all answers pass."""
+
+    text: str
+    short: str
+
+    @property
+    def kind(self) -> str:
+        """What stands before the colon of the short form: "Figure" of "Figure: Napoleon."."""
+        return self.short.partition(":")[0]
+
+    def obeys(self, answer: str) -> bool:
+        return True
+
+
+def read_instructions(path: str | os.PathLike[str]) -> list[Spoken]:
+    """Instructions out of a text file: one a line, its long form, a tab, its short form.
+
+    Raises OSError, or ValueError naming the file and the line.
+    """
+    found = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is no text in UTF-8: {error}.") from None
+    for number, line in enumerate(lines, 1):
+        text, _, short = (part.strip() for part in line.partition("\t"))
+        if line.strip() and not (text and short):
+            raise ValueError(
+                f"{os.fspath(path)}, line {number}: {reprlib.repr(line)} is not an instruction, a "
+                f"tab and the same in short, such as Always act as Napoleon.<tab>Figure: Napoleon."
+            )
+        if line.strip():
+            found.append(Spoken(text, short))
+    if not found:
+        raise ValueError(f"{os.fspath(path)} has no instruction: write one a line.")
+    return found
 
 
 def draw_rules(
@@ -114,6 +157,9 @@ def draw_rules(
         text = " ".join(part.short if is_short else part.text for part in parts)
         rules.append(Rule(text, parts))
     return rules
+
+
+# --- Dialogues under a rule -----------------------------------------------------------------------
 
 
 def instructed(
@@ -289,14 +335,9 @@ def examples(
 
 def obedience(talks: Sequence[Talk]) -> list[float]:
     """For each turn, the share of the dialogues in which the answer obeys; from turn 1 on."""
-    turns = [
-        [talk.obeyed[i] for talk in talks if i < len(talk.obeyed)] for i in range(_most(talks))
-    ]
-    return [sum(obeyed) / len(obeyed) for obeyed in turns]
-
-
-def _most(talks: Sequence[Talk]) -> int:
-    return max((len(talk.obeyed) for talk in talks), default=0)
+    turns = zip_longest(*(talk.obeyed for talk in talks))
+    reached = [[obeyed for obeyed in turn if obeyed is not None] for turn in turns]
+    return [sum(turn) / len(turn) for turn in reached]
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from minillama.chat.gatt import (
     hold,
     instructed,
     obedience,
+    read_instructions,
     strongest_attention,
 )
 from minillama.config import Sampling
@@ -174,6 +175,37 @@ def test_rules_are_drawn_by_kind_half_of_them_short_and_some_of_two():
     assert 500 < sum(rule.text == rule.instructions[0].short for rule in single) * 4 / 3 < 700
     assert draw_rules(toy, 9, Random(1)) == draw_rules(toy, 9, Random(1))
     assert {len(rule.instructions) for rule in draw_rules(toy, 50, Random(0), combined=0.0)} == {1}
+
+
+def test_instructions_are_read_out_of_a_file_and_nobody_can_check_them(tmp_path):
+    file = tmp_path / "instructions.txt"
+    file.write_text("Act as Napoleon.\tFigure: Napoleon.\n\nSing.\t Sing. \n", encoding="utf-8")
+    napoleon, sing = read_instructions(file)
+    assert (napoleon.text, napoleon.short) == ("Act as Napoleon.", "Figure: Napoleon.")
+    assert (napoleon.kind, sing.kind, sing.short) == ("Figure", "Sing.", "Sing.")
+    assert napoleon.obeys("I am Ada.")
+    texts = {rule.text for rule in draw_rules([napoleon, sing], 90, Random(0))}
+    assert texts == {
+        "Act as Napoleon.", "Figure: Napoleon.", "Sing.",
+        "Act as Napoleon. Sing.", "Figure: Napoleon. Sing.",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"Sing.\tS.\nDance.\n", r"line 2: 'Dance.' is not an instruction, a tab and the same"),
+        (b"Sing.\t\n", "line 1"),
+        (b"\n", "has no instruction"),
+        (b"\xff\tS.\n", "is no text in UTF-8"),
+    ],
+)
+def test_a_file_of_instructions_says_what_is_wrong_and_where(tmp_path, content, message):
+    file = tmp_path / "instructions.txt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_instructions(file)
+    assert str(file) in str(raised.value)
 
 
 # --------------------------------------------------------------------------------- training data
