@@ -3,12 +3,14 @@
 Who fine-tunes an assistant wants to know whether its answers are right and whether it does as it
 was told. In the toy world a function knows both: questions come from a table of wordings, filled
 with the words of the tales (`FACTS`, `ABOUT`), and so does what an instruction makes of an answer
-(`KINDS`). A part of both is held out: of each wording every tenth question is for validation and
-every tenth for testing, and the words in `HELD_OUT` stand in no instruction of the training split.
+(`KINDS`). Of the
+questions of each kind a tenth is held out for validation and another for testing.
 
 An instruction holds for the answer to the message that it stands in, and for no other: in the
 corpus the turns after it are answered as if it had never been given. That is the assistant which
-Ghost Attention starts from (Touvron et al. 2023b, sec. 3.3, arXiv:2307.09288).
+Ghost Attention starts from (Touvron et al. 2023b, sec. 3.3, arXiv:2307.09288). The corpus has
+instructions of all words, since that assistant can obey any; which of them it learns to keep, and
+which it was never shown to keep, is what `instructions` tells apart.
 
 Shown in notebooks/10_sft.ipynb and notebooks/11_gatt.ipynb.
 """
@@ -58,7 +60,9 @@ SEED = 2307_09288  # Llama 2: arXiv:2307.09288
 
 # --- Questions ------------------------------------------------------------------------------------
 
-# kind -> (question, answer), with slots of the tales; everything that is asked is in the question.
+FILLINGS = {**SLOTS, "look": ("fine", "new", "old", "small", "warm", "wet")}
+
+# kind -> (question, answer), with slots to fill; everything that is asked is in the question.
 FACTS: dict[str, tuple[tuple[str, str], ...]] = {
     "having": (
         (
@@ -97,16 +101,22 @@ FACTS: dict[str, tuple[tuple[str, str], ...]] = {
         ),
     ),
     "looking": (
-        ("The {thing} is {colour}, the {other} is new. What is new?", "The {other} is new."),
         (
-            "The {thing} is {colour}, the {other} is new. What is {colour}?",
+            "The {thing} is {colour}, the {other} is {look}. What is {look}?",
+            "The {other} is {look}.",
+        ),
+        (
+            "The {thing} is {colour}, the {other} is {look}. What is {colour}?",
             "The {thing} is {colour}.",
         ),
         (
-            "The {other} is old, the {thing} is {colour}. What is {colour}?",
+            "The {other} is {look}, the {thing} is {colour}. What is {colour}?",
             "The {thing} is {colour}.",
         ),
-        ("The {other} is old, the {thing} is {colour}. What is old?", "The {other} is old."),
+        (
+            "The {other} is {look}, the {thing} is {colour}. What is {look}?",
+            "The {other} is {look}.",
+        ),
     ),
     "nature": (
         ("What can run, a {thing} or a {animal}?", "A {animal} can run."),
@@ -240,7 +250,7 @@ def _filled(wordings: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     pairs = []
     for question, answer in wordings:
         names = list(dict.fromkeys(slot for slot, _ in FIELD.findall(question)))
-        for words in product(*(SLOTS[name] for name in names)):
+        for words in product(*(FILLINGS[name] for name in names)):
             cast = dict(zip(names, words, strict=True))
             pairs.append((question.format(**cast), answer.format(**cast)))
     return pairs
@@ -299,10 +309,10 @@ NOUNS = (*THINGS, *TREASURES, *ANIMALS, *SPOTS, *TOOLS, *FOODS)
 PLAIN = " ".join(FIELD.sub("", way) for plot in PLOTS.values() for step in plot for way in step)
 ALL = sorted({*re.findall(r"\b[a-z]{3,}\b", PLAIN), *NOUNS, *COLOURS, *PLACES, *HOMES})
 WORDS: dict[str, Sequence[str]] = {"first name": NAMES, "love": NOUNS, "last word": ALL}
-# Words that no instruction of the training split has; questions and tales have them as any other.
+# Words of instructions that Ghost Attention is tested with, and never trained on.
 HELD_OUT = frozenset(
     """Ida Max Otto Rosa boat fox goat kite ladder mirror soup tree
-    alone cold door evening green mill morning road small under warm yellow""".split()  # noqa: SIM905
+    alone beach cold door green harbour mill road small under warm yellow""".split()  # noqa: SIM905
 )
 
 
@@ -338,21 +348,23 @@ class Instruction:
         )
 
 
-def instructions(split: str, kind: str | None = None) -> list[Instruction]:
-    """All instructions of one kind, or of every: those for "train", or those that are "held-out".
+def instructions(split: str | None = None, kind: str | None = None) -> list[Instruction]:
+    """All instructions, or those for training Ghost Attention ("train") or its test ("held-out").
 
-    No word of a held-out one stands in any of the training split.
+    No word of a held-out one stands in any of the training split. ``kind`` is one of `KINDS`.
     Raises ValueError for a split or kind that there is not.
     """
-    if split not in ("train", "held-out"):
-        raise ValueError(f"There is no split {split!r} of the instructions: train or held-out.")
-    if kind is not None and kind not in KINDS:
+    if split not in (None, "train", "held-out"):
+        raise ValueError(
+            f"There is no split {split!r} of the instructions: it is train or held-out."
+        )
+    if kind not in (None, *KINDS):
         raise ValueError(f"There is no kind of instruction {kind!r}: it is {', '.join(KINDS)}.")
     return [
         Instruction(((name, word),))
         for name in ([kind] if kind else KINDS)
         for word in WORDS[name]
-        if (word in HELD_OUT) == (split == "held-out")
+        if split is None or (word in HELD_OUT) == (split == "held-out")
     ]
 
 
@@ -370,28 +382,46 @@ def combine(first: Instruction, second: Instruction) -> Instruction:
 
 # --- The corpus -----------------------------------------------------------------------------------
 
-SIZES = {"train": 600, "valid": 40, "test": 120}  # dialogues
+SIZES = {"train": 780, "valid": 40, "test": 100}  # dialogues in the files
 
 
-def corpus(split: str) -> list[Dialogue]:
-    """The dialogues of data/dialogues/``split``.jsonl, made anew.
+def corpus(split: str, n: int | None = None) -> list[Dialogue]:
+    """The dialogues of data/dialogues/``split``.jsonl, made anew; or the first ``n``, also more.
 
-    Of ten dialogues seven are of unrelated questions, two are about a tale, one asks for a tale.
-    Every third answer obeys an instruction that stands in front of its question; for "valid" and
-    "test" it is a held-out one. Raises ValueError for any other split.
+    Of ten dialogues five are of unrelated questions, two about a tale, and three ask for one. Half
+    of the questions have an instruction in front, which the answer obeys.
+    Raises ValueError for any split but "train", "valid" and "test".
     """
     rng = Random(SEED + 1 + SPLITS.index(_known(split)))
-    told = instructions("train" if split == "train" else "held-out")
-    dialogues = []
-    for number in range(SIZES[split]):
-        if number % 10 == 0:
-            dialogues.append(telling(rng))
-        elif number % 10 < 3:
-            dialogues.append(_instructed(rng, story_dialogue(rng, 1 + _below(rng, 4)), told))
-        else:
-            made = dialogue(rng, 1 + _below(rng, 12), split)
-            dialogues.append(_instructed(rng, made, told))
-    return dialogues
+    return [_any_dialogue(rng, number, split) for number in range(n or SIZES[split])]
+
+
+def _any_dialogue(rng: Random, number: int, split: str) -> Dialogue:
+    kind = number % 10
+    if kind < 3:
+        return telling(rng)
+    about_a_tale = kind < 5
+    n_turns = 1 + _below(rng, 4 if about_a_tale else 16)
+    made = story_dialogue(rng, n_turns) if about_a_tale else dialogue(rng, n_turns, split)
+    return [_instructed(rng, exchange) if _below(rng, 2) else exchange for exchange in made]
+
+
+def _instructed(rng: Random, exchange: Exchange) -> Exchange:
+    """The exchange with an instruction in front of the question, obeyed there and then."""
+    instruction = _any_instruction(rng)
+    text = _pick(rng, (instruction.text, instruction.short))
+    return replace(
+        exchange,
+        question=f"{text} {exchange.question}",
+        answer=instruction.apply(exchange.answer),
+    )
+
+
+def _any_instruction(rng: Random) -> Instruction:
+    """One, or in half of the cases two; the last word, of which there are many, twice as often."""
+    kinds = _shuffled(rng, [*KINDS, "last word"])
+    first, second = (_pick(rng, instructions(kind=kind)) for kind in kinds[:2])
+    return first if _below(rng, 2) or first.kind == second.kind else combine(first, second)
 
 
 def as_messages(dialogue: Dialogue) -> list[dict[str, str]]:
@@ -401,30 +431,6 @@ def as_messages(dialogue: Dialogue) -> list[dict[str, str]]:
         for exchange in dialogue
         for role, content in (("user", exchange.question), ("assistant", exchange.answer))
     ]
-
-
-def _instructed(rng: Random, dialogue: Dialogue, told: Sequence[Instruction]) -> Dialogue:
-    """The dialogue with instructions in front of every third question, obeyed there and then."""
-    return [
-        _under(rng, _any_instruction(rng, told), exchange) if _below(rng, 3) == 0 else exchange
-        for exchange in dialogue
-    ]
-
-
-def _under(rng: Random, instruction: Instruction, exchange: Exchange) -> Exchange:
-    text = _pick(rng, (instruction.text, instruction.short))
-    return replace(
-        exchange,
-        question=f"{text} {exchange.question}",
-        answer=instruction.apply(exchange.answer),
-    )
-
-
-def _any_instruction(rng: Random, told: Sequence[Instruction]) -> Instruction:
-    """One, each kind as often as the others; or every fourth time two at once."""
-    kinds = _shuffled(rng, list(KINDS))[: 2 if _below(rng, 4) == 0 else 1]
-    parts = [_pick(rng, [one for one in told if one.kind == kind]) for kind in kinds]
-    return parts[0] if len(parts) == 1 else combine(*parts)
 
 
 def write(folder: Path) -> None:
@@ -448,20 +454,19 @@ def write(folder: Path) -> None:
 CARD = """\
 # Dialogues
 
-Short dialogues of the toy world, one a line, as {{"messages": [{{"role": ..., "content": ...}}]}}. A
-user asks who has what and who went where, tells a tale and asks about it, or asks for one; an
-assistant answers in a sentence. Now and then the user says how to answer (end with a word, begin
-with a name, say what you love), and the assistant does so for that answer alone.
-`minillama.data.dialogues.is_right` knows whether an answer is right, `Instruction.obeys` whether it
-does as it was told.
+Short dialogues of the toy world, one a line: {{"messages": [{{"role": ..., "content": ...}}, ...]}}.
+A user asks who has what and who went where, tells a tale and asks about it, or asks for one; an
+assistant answers in a sentence. Often the user says how to answer (end with a word, begin with a
+name, say what you love), and the assistant does so for that answer alone. `minillama.data.dialogues.is_right`
+knows whether an answer is right, `Instruction.obeys` whether it does as it was told.
 
 | file | dialogues | turns | bytes | SHA-256 |
 |---|---:|---:|---:|---|
 {rows}
 
-**What is held out.** No question about facts that valid or test asks stands in another file, and
-no word that an instruction names there stands in an instruction of train. The tales are others, but
-the questions about them have the same wordings; every word as such occurs in train.
+**What is held out.** No question about facts that valid or test asks stands in another file. The
+tales are others in each, but the questions about them have the same wordings. No word is held out,
+neither of questions nor of instructions.
 
 **How it was made.** `minillama/data/dialogues.py` made them, from a fixed seed; `make data`
 rebuilds this folder bit for bit.
