@@ -454,11 +454,13 @@ def write(folder: Path) -> None:
 CARD = """\
 # Dialogues
 
-Short dialogues of the toy world, one a line: {{"messages": [{{"role": ..., "content": ...}}, ...]}}.
-A user asks who has what and who went where, tells a tale and asks about it, or asks for one; an
+Short dialogues of the toy world, one a line: {{"messages": [{{"role": ..., "content": ...}}]}}. A
+user asks who has what and who went where, tells a tale and asks about it, or asks for one; an
 assistant answers in a sentence. Often the user says how to answer (end with a word, begin with a
-name, say what you love), and the assistant does so for that answer alone. `minillama.data.dialogues.is_right`
-knows whether an answer is right, `Instruction.obeys` whether it does as it was told.
+name, say what you love), and the assistant does so for that answer alone.
+
+`minillama.data.dialogues.is_right` knows whether an answer is right, and `Instruction.obeys`
+whether it does as it was told.
 
 | file | dialogues | turns | bytes | SHA-256 |
 |---|---:|---:|---:|---|
