@@ -21,6 +21,8 @@ from minillama.app.limits import Limits
 from minillama.config import (
     LLAMA_2_CHAT,
     PRESETS,
+    SFT_EPOCHS,
+    SFT_PRESETS,
     TRAINING_PRESETS,
     LlamaConfig,
     LoRAConfig,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     import torch
 
     from minillama.app.models import ServedModel
+    from minillama.chat.dialog import DialogTokens
+    from minillama.chat.sft import SftRun
     from minillama.model import Llama
     from minillama.plan import InferencePlan, TrainingPlan
     from minillama.tokenizer import Tokenizer
@@ -357,6 +361,137 @@ class LoRA:
         checkpoint = merged(open_checkpoint(run.base), adapter_of(run.model))
         save_native(self.out / "checkpoint", checkpoint, run.tokenizer)
         print(f"{self.out / 'checkpoint'} is {run.base} with the adapter in its weights.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft:
+    """Fine-tune a model on dialogues: it learns to answer. Every tenth is held out for validation.
+
+    A file has a dialogue a line, {"messages": [{"role": ..., "content": ...}, ...]}, or Alpaca's
+    {"instruction": ..., "input": ..., "output": ...}; "toy" stands for the toy world's dialogues.
+    Rows longer than the model's context lengthen it.
+    Example: minillama sft data/toy/checkpoint --data toy --out runs/toy-chat
+    """
+
+    model: tyro.conf.Positional[str | None] = None  # a checkpoint, or a name: see `minillama fetch`
+    data: tuple[str, ...] = ()  # JSON-lines files, or toy
+    out: Path = Path("runs/sft")  # a new folder
+    resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
+    preset: str = (
+        "llama2"  # how it is trained: llama2 is the paper's way; toy, which --data toy has
+    )
+    epochs: float | None = SFT_EPOCHS  # how often each dialogue is learned; instead: --steps
+    chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
+    across: bool = False  # dialogues see those before them in a row; faster with long rows
+    tokenizer: Path | None = None  # where it does not lie beside the weights
+    device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
+    tensorboard: bool = False  # write curves to --out/tensorboard (pip install 'minillama[track]')
+    training: Annotated[TrainingConfig, FLAT] = SFT_PRESETS["llama2"]
+    saving: Annotated[RunConfig, FLAT] = field(default_factory=RunConfig)
+
+    def run(self) -> None:
+        run = self._resumed() if self.resume and (self.out / CONFIG).exists() else self._new()
+        _follow(run, tensorboard=self.tensorboard)
+        spoken = f" --chat-format {self._format(run.tokenizer)}" if self.chat_format else ""
+        print(f"Try it: minillama chat {self.out / run.RESULT}{spoken}")
+
+    def _new(self) -> "SftRun":
+        from minillama.chat.sft import SftRun
+        from minillama.checkpoint import open_checkpoint, open_tokenizer
+
+        if not (self.model and self.data):
+            raise ValueError(
+                "Name the model, and the dialogues it is to learn from: minillama sft MODEL --data "
+                "FILE... (or toy)"
+            )
+        _keep(self.out / SftRun.RESULT)
+        checkpoint = open_checkpoint(self.model)
+        tokenizer = open_tokenizer(checkpoint, self.tokenizer)
+        examples, held_out = self._examples(tokenizer)
+        run = SftRun(
+            self.out,
+            examples,
+            held_out,
+            tokenizer,
+            self.model,
+            self.training,
+            self.epochs,
+            self.across,
+            _device(self.device),
+            self.saving,
+            {"files": list(self.data), "chat_format": self._format(tokenizer)},
+        )
+        before, context = checkpoint.config.max_seq_len, run.model.config.max_seq_len
+        if context > before:
+            print(f"The context grows from {before:,} to {context:,} tokens: a row is so long.")
+        return run
+
+    def _resumed(self) -> "SftRun":
+        from minillama.chat.sft import SftRun
+
+        run = SftRun.resume(
+            self.out, _device(self.device), self.saving, self.training.tensor_parallel
+        )
+        assert isinstance(run, SftRun)
+        usual = SFT_PRESETS[self.preset]
+        _keeps_settings(self.out, self.training, replace(run.config, steps=usual.steps), usual)
+        return run
+
+    def _examples(self, tokenizer: "Tokenizer") -> "tuple[list[DialogTokens], list[DialogTokens]]":
+        """What to learn from, and what is held out."""
+        from minillama.chat.jsonl import read_dialogues
+        from minillama.chat.sft import tokenise, toy_dialogues
+
+        chat_format, seq_len = self._format(tokenizer), self.training.seq_len
+        if self.data == ("toy",):
+            learned, held_out = (
+                tokenise(toy_dialogues(split), tokenizer, chat_format, seq_len)
+                for split in ("train", "valid")
+            )
+        else:
+            dialogues = read_dialogues(self.data, chat_format)
+            examples = tokenise(dialogues, tokenizer, chat_format, seq_len)
+            if len(examples) < 2:
+                raise ValueError(
+                    f"There are {len(examples)} dialogues, but at least 2 are needed: one to learn "
+                    f"from, and one to measure what was learned."
+                )
+            places = {*range(9, len(examples), 10)} or {len(examples) - 1}
+            held_out = [examples[place] for place in sorted(places)]
+            learned = [each for place, each in enumerate(examples) if place not in places]
+        tokens = sum(len(each.ids) for each in learned)
+        answers = sum(sum(each.learned) for each in learned)
+        print(
+            f"{len(learned):,} dialogues in the format {chat_format}: {tokens:,} tokens, of which "
+            f"{answers:,} are learned. {len(held_out):,} more are held out."
+        )
+        return learned, held_out
+
+    def _format(self, tokenizer: "Tokenizer") -> str:
+        from minillama.chat import recognise
+
+        return self.chat_format or recognise(tokenizer)
+
+
+def sft_defaults(arguments: list[str]) -> Sft:
+    """What the flags --preset, --data and --steps say about the defaults of the others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--data", nargs="*")
+    parser.add_argument("--steps")
+    parser.add_argument("--epochs")
+    try:
+        found, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        return Sft()  # the whole command's parser says what is wrong
+    if found.steps and found.epochs:
+        raise ValueError("Both --steps and --epochs say how long to train: leave one of them out.")
+    preset = found.preset or ("toy" if found.data == ["toy"] else "llama2")
+    return Sft(
+        preset=preset,
+        epochs=None if found.steps else SFT_EPOCHS,
+        training=SFT_PRESETS[known_name("preset of fine-tuning", preset, SFT_PRESETS)],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -892,6 +1027,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
     try:
         defaults = pretrain_defaults(arguments[1:]) if arguments[:1] == ["pretrain"] else Pretrain()
+        tuning = sft_defaults(arguments[1:]) if arguments[:1] == ["sft"] else Sft()
         command = tyro.cli(
             Annotated[Demo, tyro.conf.subcommand("demo")]
             | Annotated[TrainTokenizer, tyro.conf.subcommand("tokenizer")]
@@ -899,6 +1035,7 @@ def main(arguments: list[str] | None = None) -> None:
             | Annotated[Convert, tyro.conf.subcommand("convert")]
             | Annotated[Verify, tyro.conf.subcommand("verify")]
             | Annotated[LoRA, tyro.conf.subcommand("lora")]
+            | Annotated[Sft, tyro.conf.subcommand("sft", default=tuning)]
             | Annotated[Curate, tyro.conf.subcommand("curate")]
             | Annotated[Fetch, tyro.conf.subcommand("fetch")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]

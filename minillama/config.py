@@ -337,6 +337,23 @@ TRAINING_PRESETS: dict[str, TrainingConfig] = {
 }
 
 
+SFT_PRESETS: dict[str, TrainingConfig] = {
+    # Touvron et al. 2023b, sec. 3.1: 64 rows a step, here on one device; `epochs` give the steps.
+    # Where the cosine ends is not said: as in pretraining.
+    "llama2": TrainingConfig(
+        batch_size=1,
+        accumulation=64,
+        seq_len=4096,
+        learning_rate=2e-5,
+        warmup_steps=0,
+        checkpointing="selective",
+    ),
+    # Ours, for the toy world's dialogues.
+    "toy": TrainingConfig(batch_size=2, seq_len=1024, learning_rate=3e-3, warmup_steps=20),
+}
+SFT_EPOCHS = 2.0  # the paper's, too
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """How often a pretraining run saves and measures; the model does not depend on it."""

@@ -28,6 +28,7 @@ COMMANDS = (
     "tokenizer",
     "pretrain",
     "lora",
+    "sft",
     "generate",
     "chat",
     "serve",

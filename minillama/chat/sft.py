@@ -28,6 +28,7 @@ from minillama.chat.dialog import DialogTokens, Message, encode_dialog
 from minillama.checkpoint import open_checkpoint
 from minillama.checkpoint.weights import Checkpoint, llama_from
 from minillama.config import RunConfig, TrainingConfig
+from minillama.data.dialogues import as_messages, corpus
 from minillama.data.mixture import Batches
 from minillama.data.packing import IGNORE, Batch
 from minillama.model import Llama
@@ -41,6 +42,14 @@ FILLER = 0  # the id behind the last dialogue of a row: nobody looks at it
 
 
 # --- Dialogues to examples ------------------------------------------------------------------------
+
+
+def toy_dialogues(split: str) -> list[list[Message]]:
+    """The toy world's dialogues of a split (`minillama.data.dialogues.corpus`) as messages."""
+    return [
+        [Message(**each) for each in as_messages(dialogue)]  # type: ignore[arg-type]
+        for dialogue in corpus(split)
+    ]
 
 
 def tokenise(
@@ -241,7 +250,10 @@ class SftRun(PretrainingRun):
             "packing": {"across": across},
             "data": dict(origin or {}),
         }
-        held_out_rows = pack(held_out, config.seq_len)
+        try:
+            held_out_rows = pack(held_out, config.seq_len)
+        except ValueError as error:
+            raise ValueError(f"The examples held out for validation: {error}") from None
         self._start(Path(folder), {"examples": rows}, held_out_rows, tokenizer, settings, device)
 
     def _plan(self, settings: Mapping[str, Any]) -> TrainingPlan:

@@ -1,8 +1,9 @@
 """Which tokens are learned, how dialogues share rows, and `SftRun`."""
 
 import json
+import shutil
 import tomllib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from small import STORIES, small_config, small_llama, small_tokenizer
 from torch.testing import assert_close
 
 from minillama.chat.dialog import DialogTokens, Message
-from minillama.chat.sft import SftRun, as_batch, batches, pack, tokenise
-from minillama.checkpoint import load, save
-from minillama.config import RunConfig, TrainingConfig
+from minillama.chat.sft import SftRun, as_batch, batches, pack, tokenise, toy_dialogues
+from minillama.checkpoint import load, load_tokenizer, save
+from minillama.cli import main, sft_defaults
+from minillama.config import SFT_EPOCHS, SFT_PRESETS, RunConfig, TrainingConfig
 from minillama.data.packing import IGNORE, Batch
 from minillama.model import Llama
 from minillama.training import make_optimizer, train, train_step
@@ -429,3 +431,129 @@ def test_weights_in_few_bits_are_not_fine_tuned(tmp_path, base):
     with pytest.raises(ValueError, match=r"holds weights in int8, and .*minillama lora"):
         new_run(tmp_path / "run", tmp_path / "int8")
     assert not (tmp_path / "run").exists()
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+FLAGS = ["--epochs", "1", "--batch-size", "2", "--accumulation", "1", "--seq-len", str(SEQ_LEN)]
+FLAGS += ["--learning-rate", "1e-2", "--device", "cpu"]
+
+
+@pytest.fixture
+def chats(tmp_path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    lines = [{"messages": [asdict(message) for message in dialogue]} for dialogue in PAIRS]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def sft(base: Path, data: Path | str, out: Path, *more: str) -> None:
+    main(["sft", str(base), "--data", str(data), "--out", str(out), *FLAGS, *more])
+
+
+def test_the_command_leaves_a_model_to_chat_with(tmp_path, base, chats, capsys, monkeypatch):
+    out = tmp_path / "run"
+    sft(base, chats, out)
+    shown = capsys.readouterr().out
+    assert "27 dialogues in the format llama2: " in shown
+    assert "3 more are held out." in shown
+    assert "The context grows from 64 to 128 tokens" in shown
+    assert f"{out} holds checkpoint/, loss.png" in shown
+    assert shown.endswith(f"Try it: minillama chat {out / 'checkpoint'}\n")
+    settings = tomllib.loads((out / "config.toml").read_text())
+    assert settings["data"] == {"files": [str(chats)], "chat_format": "llama2"}
+    assert settings["training"]["steps"] == 14  # 27 rows, 2 a step
+
+    lines = iter(["Which 1?"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
+    main(["chat", str(out / "checkpoint"), "--device", "cpu", "--max-new-tokens", "5"])
+    assert "a context of 128 tokens, chat format llama2" in capsys.readouterr().out
+
+
+def test_the_command_resumes_with_or_without_the_same_flags(tmp_path, base, chats, capsys):
+    out = tmp_path / "run"
+    sft(base, chats, out, "--save-every", "5")
+    whole = bytes_of(out / "checkpoint")
+    for state in ("000000010", "000000014"):
+        assert (out / "states" / state).exists()
+    shutil.rmtree(out / "states" / "000000014")
+    main(["sft", "--resume", "--out", str(out), "--device", "cpu"])
+    assert "10 of them were taken before" in capsys.readouterr().out
+    assert bytes_of(out / "checkpoint") == whole
+    sft(base, chats, out, "--resume")
+    assert bytes_of(out / "checkpoint") == whole
+    with pytest.raises(SystemExit):
+        main(["sft", "--resume", "--out", str(out), "--device", "cpu", "--learning-rate", "3e-2"])
+    assert "learning_rate was 0.01 when the run in" in capsys.readouterr().err
+
+
+def test_another_format_is_named_to_the_user_again(tmp_path, base, chats, capsys):
+    sft(base, chats, tmp_path / "run", "--chat-format", "alpaca", "--seq-len", "250")
+    shown = capsys.readouterr().out
+    assert "in the format alpaca" in shown
+    assert shown.endswith("/checkpoint --chat-format alpaca\n")
+
+
+def test_steps_take_the_place_of_epochs(tmp_path, base, chats):
+    flags = ["--steps", "3", "--batch-size", "1", "--accumulation", "2", "--device", "cpu"]
+    more = ["--data", str(chats), "--out", str(tmp_path / "run"), "--seq-len", str(SEQ_LEN)]
+    main(["sft", str(base), *flags, *more])
+    settings = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    expected = {"steps": 3, "learning_rate": 2e-5, "weight_decay": 0.1, "warmup_steps": 0}
+    assert expected.items() <= settings["training"].items()
+
+
+def test_the_papers_settings_are_the_preset():
+    paper = SFT_PRESETS["llama2"]
+    assert (paper.learning_rate, paper.weight_decay, paper.seq_len) == (2e-5, 0.1, 4096)
+    assert (paper.batch_size * paper.accumulation, paper.warmup_steps, SFT_EPOCHS) == (64, 0, 2)
+    assert sft_defaults(["base", "--data", "chat.jsonl"]).training == paper
+    assert sft_defaults(["base", "--data", "toy"]).training == SFT_PRESETS["toy"]
+    assert sft_defaults(["--data", "toy", "--preset", "llama2"]).training == paper
+
+
+def test_the_toy_worlds_dialogues_fit_the_rows_of_the_toys_preset():
+    tok = load_tokenizer(Path("data/toy/checkpoint/tokenizer.model"))
+    for split in ("train", "valid"):
+        dialogues = toy_dialogues(split)
+        assert len(tokenise(dialogues, tok, seq_len=SFT_PRESETS["toy"].seq_len)) == len(dialogues)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Name the model, and the dialogues it is to learn from: minillama sft MODEL --data"),
+        (["BASE"], "Name the model, and the dialogues"),
+        (["nowhere", "--data", "CHATS"], "There is no nowhere"),
+        (["BASE", "--data", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
+        (["BASE", "--data", "BAD", *FLAGS], "bad.jsonl, line 2: it is no JSON"),
+        (["BASE", "--data", "ONE", *FLAGS], "There are 1 dialogues, but at least 2 are needed"),
+        (["BASE", "--data", "CHATS", "--preset", "toi"], "no preset of fine-tuning 'toi'"),
+        (["BASE", "--data", "CHATS", *FLAGS, "--steps", "3"], "Both --steps and --epochs say"),
+        (["BASE", "--data", "CHATS", "--chat-format", "lama2"], "no chat format 'lama2'"),
+        (
+            ["BASE", "--data", "CHATS", "--chat-format", "chatml"],
+            "chats.jsonl, line 1: The chat format chatml needs the piece",
+        ),
+    ],
+)
+def test_a_mistake_is_one_text_and_leaves_nothing(
+    tmp_path, base, chats, capsys, arguments, message
+):
+    line = chats.read_text().splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(line)
+    (tmp_path / "bad.jsonl").write_text(f"{line}\n{{")
+    names = {name.upper(): str(tmp_path / f"{name}.jsonl") for name in ("chats", "one", "bad")}
+    names["BASE"], out = str(base), tmp_path / "run"
+    with pytest.raises(SystemExit) as end:
+        main(["sft", *(names.get(a, a) for a in arguments), "--out", str(out), "--device", "cpu"])
+    assert end.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+
+
+def test_a_model_that_is_there_is_not_overwritten(tmp_path, base, chats, capsys):
+    sft(base, chats, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        sft(base, chats, tmp_path / "run")
+    assert "exists and is not overwritten" in capsys.readouterr().err
