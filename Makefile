@@ -19,11 +19,11 @@ demo: $(VENV)/core  ## set up, train a small model on the toy world's tales, let
 	$(BIN)/minillama demo
 
 test: $(VENV)/dev   ## set up, then all tests and all notebooks
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --dist loadfile
 	$(BIN)/python -m pytest -p nbval --nbval --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 check: lint         ## format, lint, types and the fast tests
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -n auto --dist loadfile -m "not slow"
 
 lint: $(VENV)/dev   ## format, lint and types
 	$(BIN)/python -m ruff format --check . && $(BIN)/python -m ruff check . && $(BIN)/python -m mypy
