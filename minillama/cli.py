@@ -57,6 +57,7 @@ TOY_TRAINING = TrainingConfig.preset("toy")
 LORA_TRAINING = TrainingConfig(
     steps=200, learning_rate=2e-4, warmup_steps=10, weight_decay=0.0, batch_size=4
 )
+TOY_DIALOGUES = 3000  # of the toy world, for fine-tuning: more than data/dialogues holds
 CONFIG = "config.toml"  # of a run
 RANK = int(os.environ.get("RANK", "0"))  # among the processes that torchrun started: 0 speaks
 
@@ -377,9 +378,7 @@ class Sft:
     data: tuple[str, ...] = ()  # JSON-lines files, or toy
     out: Path = Path("runs/sft")  # a new folder
     resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
-    preset: str = (
-        "llama2"  # how it is trained: llama2 is the paper's way; toy, which --data toy has
-    )
+    preset: str = "llama2"  # how it is trained: llama2, the paper's way; toy, for --data toy
     epochs: float | None = SFT_EPOCHS  # how often each dialogue is learned; instead: --steps
     chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
     across: bool = False  # dialogues see those before them in a row; faster with long rows
@@ -445,8 +444,8 @@ class Sft:
         chat_format, seq_len = self._format(tokenizer), self.training.seq_len
         if self.data == ("toy",):
             learned, held_out = (
-                tokenise(toy_dialogues(split), tokenizer, chat_format, seq_len)
-                for split in ("train", "valid")
+                tokenise(toy_dialogues(split, n), tokenizer, chat_format, seq_len)
+                for split, n in (("train", TOY_DIALOGUES), ("valid", None))
             )
         else:
             dialogues = read_dialogues(self.data, chat_format)

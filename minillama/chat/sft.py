@@ -44,11 +44,11 @@ FILLER = 0  # the id behind the last dialogue of a row: nobody looks at it
 # --- Dialogues to examples ------------------------------------------------------------------------
 
 
-def toy_dialogues(split: str) -> list[list[Message]]:
+def toy_dialogues(split: str, n: int | None = None) -> list[list[Message]]:
     """The toy world's dialogues of a split (`minillama.data.dialogues.corpus`) as messages."""
     return [
         [Message(**each) for each in as_messages(dialogue)]  # type: ignore[arg-type]
-        for dialogue in corpus(split)
+        for dialogue in corpus(split, n)
     ]
 
 
