@@ -361,11 +361,16 @@ def instructions(split: str | None = None, kind: str | None = None) -> list[Inst
     if kind not in (None, *KINDS):
         raise ValueError(f"There is no kind of instruction {kind!r}: it is {', '.join(KINDS)}.")
     return [
-        Instruction(((name, word),))
+        instruction
         for name in ([kind] if kind else KINDS)
-        for word in WORDS[name]
-        if split is None or (word in HELD_OUT) == (split == "held-out")
+        for instruction in _of_kind(name)
+        if split is None or (instruction.parts[0][1] in HELD_OUT) == (split == "held-out")
     ]
+
+
+@cache
+def _of_kind(kind: str) -> list[Instruction]:
+    return [Instruction(((kind, word),)) for word in WORDS[kind]]
 
 
 def combine(first: Instruction, second: Instruction) -> Instruction:
@@ -378,6 +383,16 @@ def combine(first: Instruction, second: Instruction) -> Instruction:
             f"different kinds."
         )
     return Instruction(tuple(parts))
+
+
+def under(exchange: Exchange, instruction: Instruction, short: bool = False) -> Exchange:
+    """The exchange with an instruction in front of its question, and an answer that obeys."""
+    text = instruction.short if short else instruction.text
+    return replace(
+        exchange,
+        question=f"{text} {exchange.question}",
+        answer=instruction.apply(exchange.answer),
+    )
 
 
 # --- The corpus -----------------------------------------------------------------------------------
@@ -403,24 +418,18 @@ def _any_dialogue(rng: Random, number: int, split: str) -> Dialogue:
     about_a_tale = kind < 5
     n_turns = 1 + _below(rng, 4 if about_a_tale else 16)
     made = story_dialogue(rng, n_turns) if about_a_tale else dialogue(rng, n_turns, split)
-    return [_instructed(rng, exchange) if _below(rng, 2) else exchange for exchange in made]
-
-
-def _instructed(rng: Random, exchange: Exchange) -> Exchange:
-    """The exchange with an instruction in front of the question, obeyed there and then."""
-    instruction = _any_instruction(rng)
-    text = _pick(rng, (instruction.text, instruction.short))
-    return replace(
-        exchange,
-        question=f"{text} {exchange.question}",
-        answer=instruction.apply(exchange.answer),
-    )
+    return [
+        under(exchange, _any_instruction(rng), short=_below(rng, 2) == 0)
+        if _below(rng, 2)
+        else exchange
+        for exchange in made
+    ]
 
 
 def _any_instruction(rng: Random) -> Instruction:
     """One, or in half of the cases two; the last word, of which there are many, twice as often."""
     kinds = _shuffled(rng, [*KINDS, "last word"])
-    first, second = (_pick(rng, instructions(kind=kind)) for kind in kinds[:2])
+    first, second = (_pick(rng, _of_kind(kind)) for kind in kinds[:2])
     return first if _below(rng, 2) or first.kind == second.kind else combine(first, second)
 
 
