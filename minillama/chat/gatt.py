@@ -193,35 +193,54 @@ def hold(
     is made; without, in front of the first, as it does where somebody uses the model. What the
     model has answered before is part of what it reads.
 
-    `rows` dialogues are computed at a time. `max_new_tokens` limits one answer; one that met its
-    limit is not `finished`. A dialogue draws with a seed of its own, which follows from `seed` and
-    its place. `chat_format` None takes the one that the vocabulary speaks for.
-    Raises ValueError for a dialogue that does not fit into the context of the model, and what
-    `encode_dialog` raises.
+    `rows` dialogues are computed at a time, and each token is read once. `max_new_tokens` limits an
+    answer; one that met its limit is not `finished`. A dialogue ends where its next turn would not
+    fit into the model's context. It draws with a seed of its own, which follows from `seed` and its
+    place. `chat_format` None takes the one that the vocabulary speaks for.
+    Raises ValueError where not even a first turn fits, and what `encode_dialog` raises.
     """
     if len(questions) != len(rules):
         raise ValueError(
             f"There are {len(questions)} dialogues and {len(rules)} rules: give one for each."
         )
     chat_format = chat_format or recognise(tokenizer)
-    # Those with the most turns first: in each turn, the rows that go on are the first ones.
-    order = sorted(range(len(questions)), key=lambda i: -len(questions[i]))
-    talks = {i: Talk(rules[i], [], []) for i in order}
-    for start in range(0, len(order), rows):
-        part = order[start : start + rows]
-        generators = [torch.Generator().manual_seed(seed + i) for i in part]
+    room = model.config.max_seq_len - max_new_tokens
+
+    def prompt(i: int) -> list[int]:
+        """The ids of a dialogue up to its next question; none where it has come to its end."""
+        talk, turn = talks[i], len(talks[i].finished)
+        if turn == len(questions[i]):
+            return []
+        messages = [*talk.messages, Message("user", questions[i][turn])]
+        said = instructed(messages, talk.rule.text, every_turn)
+        ids = encode_dialog(said, tokenizer, chat_format).ids
+        if len(ids) > room and turn == 0:
+            raise ValueError(
+                f"A first question takes {len(ids)} tokens with its instruction, but there is room "
+                f"for {room} beside the {max_new_tokens} of an answer. Shorten it, or lower "
+                f"max_new_tokens."
+            )
+        return ids if len(ids) <= room else []
+
+    talks = [Talk(rule, [], []) for rule in rules]
+    for start in range(0, len(talks), rows):
+        talking = list(range(start, min(start + rows, len(talks))))  # who stands in each row
+        generators = [torch.Generator().manual_seed(seed + i) for i in talking]
         reader = _Reader(model, tokenizer, chat_format, sampling, max_new_tokens, generators)
-        for turn in range(len(questions[part[0]])):
-            going_on = [i for i in part if turn < len(questions[i])]
-            for i in going_on:
-                talks[i].messages.append(Message("user", questions[i][turn]))
-            asked = [
-                instructed(talks[i].messages, talks[i].rule.text, every_turn) for i in going_on
-            ]
-            for i, (answer, finished) in zip(going_on, reader.answers(asked), strict=True):
-                talks[i].messages.append(Message("assistant", answer))
+        while True:
+            prompts = [prompt(i) for i in talking]
+            for row in reversed(range(len(talking))):
+                if not prompts[row]:  # the last row takes its place
+                    reader.leave(row)
+                    talking[row], prompts[row] = talking[-1], prompts[-1]
+                    del talking[-1], prompts[-1]
+            if not talking:
+                break
+            for i, (answer, finished) in zip(talking, reader.answers(prompts), strict=True):
+                question = questions[i][len(talks[i].finished)]
+                talks[i].messages.extend([Message("user", question), Message("assistant", answer)])
                 talks[i].finished.append(finished)
-    return [talks[i] for i in range(len(questions))]
+    return talks
 
 
 class _Reader:
@@ -234,7 +253,7 @@ class _Reader:
         chat_format: str,
         sampling: Sampling,
         max_new_tokens: int,
-        generators: Sequence[torch.Generator],
+        generators: list[torch.Generator],
     ) -> None:
         self.decoder = Decoder(model, len(generators), model.config.max_seq_len)
         self.tokenizer, self.chat_format = tokenizer, chat_format
@@ -243,24 +262,27 @@ class _Reader:
         self._ends = [end_of_answer(tokenizer, chat_format), tokenizer.eos_id]
         self._read: list[list[int]] = [[] for _ in generators]  # the ids in each row of the cache
 
+    def leave(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
+        self.decoder.move(len(self._read) - 1, row)
+        self._read[row], self.generators[row] = self._read[-1], self.generators[-1]
+        del self._read[-1], self.generators[-1]
+
     @torch.inference_mode()
-    def answers(self, dialogues: Sequence[Sequence[Message]]) -> list[tuple[str, bool]]:
-        """The answer to each dialogue, in the first rows, and whether it came to its end."""
+    def answers(self, prompts: Sequence[list[int]]) -> list[tuple[str, bool]]:
+        """The answer to each row's prompt, and whether it came to its end."""
         new = []
-        for row, messages in enumerate(dialogues):
-            ids = encode_dialog(messages, self.tokenizer, self.chat_format).ids
+        for row, ids in enumerate(prompts):
             pairs = zip(ids[:-1], self._read[row], strict=False)
             known = sum(1 for _ in takewhile(lambda pair: eq(*pair), pairs))
-            self.decoder.lengths[row], self._read[row] = known, ids
+            self.decoder.lengths[row], self._read[row] = known, list(ids)
             new.append(ids[known:])
-        self._check_room(max(map(len, new)))
-        n = len(dialogues)
-        drawn: list[list[int]] = [[] for _ in range(n)]
-        finished = [False] * n
+        drawn: list[list[int]] = [[] for _ in prompts]
+        finished = [False for _ in prompts]
         logits = self.decoder.prefill(0, new)
         for _ in range(self.max_new_tokens):
-            tokens = [self._ends[0]] * n  # those that are finished wait for the others
-            for row in range(n):
+            tokens = [self._ends[0] for _ in prompts]  # those that are finished wait for the others
+            for row in range(len(prompts)):
                 if not finished[row]:
                     tokens[row] = sample(logits[row], self.sampling, self.generators[row])
                     finished[row] = tokens[row] in self._ends
@@ -272,16 +294,6 @@ class _Reader:
         texts = [self.tokenizer.decode(ids).strip() for ids in drawn]
         safe = [neutralise(text, self.tokenizer, self.chat_format) for text in texts]
         return list(zip(safe, finished, strict=True))
-
-    def _check_room(self, longest: int) -> None:
-        context = self.decoder.cache.max_len
-        needed = max(self.decoder.lengths) + longest + self.max_new_tokens
-        if needed > context:
-            raise ValueError(
-                f"The dialogues need {needed} tokens, {self.max_new_tokens} for the next answer "
-                f"included, but the model's context holds {context}. Give fewer turns; or "
-                f"fine-tune the model on longer texts first, as `minillama sft --seq-len` does."
-            )
 
 
 # --- Training data --------------------------------------------------------------------------------

@@ -150,9 +150,20 @@ def test_markers_that_the_model_writes_itself_do_not_end_the_dialogue(tok, monke
     assert len(talk.finished) == 2
 
 
-def test_dialogues_that_do_not_fit_are_refused_with_numbers(tok):
-    with pytest.raises(ValueError, match=r"need \d+ tokens, 400 for the next answer .* holds 512"):
-        hold(MODEL, tok, [["Ada had a kite, and Ben had a lamp."] * 3], [BOAT], max_new_tokens=400)
+def test_a_dialogue_ends_where_its_next_turn_would_not_fit(tok):
+    long = ["Ada had a kite, and Ben had a lamp. Who had what, and where did Ida put the drum?"] * 9
+    short = ["Ada?"] * 6
+    talks = hold(MODEL, tok, [long, short], [BOAT, BOAT], max_new_tokens=9)
+    assert [len(talk.finished) for talk in talks] == [4, 6]
+    (alone,) = hold(MODEL, tok, [short], [BOAT], max_new_tokens=9)
+    assert alone.messages == talks[1].messages  # whose row it took over
+    asked = instructed([*talks[0].messages, Message("user", long[0])], BOAT.text, every_turn=True)
+    assert len(encode_dialog(asked, tok).ids) > 512 - 9 >= len(encode_dialog(asked[:-2], tok).ids)
+
+
+def test_what_cannot_be_held_is_refused_with_numbers(tok):
+    with pytest.raises(ValueError, match=r"takes \d+ tokens .* room for 12 beside the 500"):
+        hold(MODEL, tok, [["Ada?"]], [BOAT], max_new_tokens=500)
     with pytest.raises(ValueError, match="2 dialogues and 1 rules"):
         hold(MODEL, tok, [["Ada?"], ["Ben?"]], [BOAT])
 
