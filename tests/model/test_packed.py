@@ -28,7 +28,9 @@ def positions(*rows: list[int]) -> torch.Tensor:
 
 
 def test_what_a_token_sees_by_hand():
-    visible = Packed(positions([2, 3])).visible(5)
+    packed = Packed(positions([2, 3]))
+    assert packed.positions(5).tolist() == [[0, 1, 0, 1, 2]]
+    visible = packed.visible(5)
     assert visible.int()[0, 0].tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
