@@ -90,15 +90,19 @@ def answers(
     dialogues: Sequence[Dialogue],
     temperature: float = 0.0,
     seed: int = 0,
+    max_new_tokens: int = 256,
 ) -> list[str]:
-    """What the model answers to the last question of each, behind the right answers before it."""
+    """What the model answers to the last question of each, behind the right answers before it.
+
+    Greedily unless a ``temperature`` is given; the longest tale takes less than 256 tokens.
+    """
     engine = Engine(model, tokenizer, rows=32)
     tickets = []
     for number, turns in enumerate(dialogues):
         messages = [Message(**message) for message in as_messages(turns)[:-1]]  # type: ignore[arg-type]
         request = Request(
             encode_dialog(messages, tokenizer).ids,
-            max_new_tokens=model.config.max_seq_len,
+            max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature=temperature),
             seed=seed + number,
         )
