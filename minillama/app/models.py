@@ -261,13 +261,14 @@ class ServedModel:
         return self._requests(form, [ids], limit, form.logprobs, form.top_logprobs, end_ids)
 
     def shown(self, form: ChatForm, limits: Limits) -> dict[str, Any]:
-        """What the model reads, id by id; `control` are those that no text makes."""
+        """What the model reads, id by id; the ids under `control` are made by no text."""
         kept, tokens = self.prompt(form, form.limit or limits.max_tokens)
         tokenizer = self.tokenizer
         control = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.special_ids.values()}
         return {
             "ids": tokens.ids,
             "pieces": [tokenizer.pieces[i] for i in tokens.ids],
+            "texts": [text_of(tokenizer, i) for i in tokens.ids],
             "roles": tokens.roles,
             "control": [i in control for i in tokens.ids],
             "context": self.context,

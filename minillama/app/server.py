@@ -548,11 +548,13 @@ def hosts_of(host: str, token: str | None) -> Sequence[str] | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that clients can connect to. Raises OSError, saying what to do."""
+    """A socket that clients can connect to. Raises OSError or ValueError, saying what to do."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port is {port}, but must be within 0 and 65535; 0 is any that is free.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise OSError(
             f"{host}:{port} cannot be served ({error}). Choose another --port; 0 is any that is "
             f"free."
