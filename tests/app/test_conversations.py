@@ -208,11 +208,18 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(client, method, path
     assert len(client.get(PATH).json()) == 1
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
-def test_a_number_that_is_none_is_refused(client, number):
-    body = '{"settings": {"temperature": ' + number + "}}"
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        '"settings": {"temperature": %s}',
+        '"messages": [{"role": "user", "content": "x", "created": %s}]',
+    ],
+)
+def test_a_number_that_is_none_is_refused(client, fields, number):
+    body = "{" + fields % number + "}"
     answer = client.post(PATH, content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 400
+    assert answer.status_code == 400, answer.text
     assert client.get(PATH).json() == []
 
 
