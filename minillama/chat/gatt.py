@@ -14,7 +14,7 @@ import os
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile, zip_longest
+from itertools import accumulate, pairwise, takewhile, zip_longest
 from operator import eq
 from pathlib import Path
 from random import Random
@@ -303,42 +303,55 @@ def ghost(
     messages: Sequence[Message],
     instruction: str,
     tokenizer: Tokenizer,
+    learned: Sequence[bool] | None = None,
     chat_format: str | None = None,
 ) -> DialogTokens:
     """A training example: the instruction stands in the first turn, the last answer is learned.
 
     All else, the earlier answers included, is context and carries no loss.
+
+    ``learned`` says of each answer whether it is learned, instead. What a causal model makes of an
+    answer depends only on what stands before it: so the loss of one example with many answers is
+    the sum of the losses of the examples that end with each of them, and is computed in one pass.
+
     Raises ValueError as `encode_dialog` does, and for a dialogue that does not end with an answer.
     """
     if not messages or messages[-1].role != "assistant":
         raise ValueError("The dialogue does not end with an answer, so there is nothing to learn.")
     said = instructed(messages, instruction)
     tokens = encode_dialog(said, tokenizer, chat_format or recognise(tokenizer))
-    end = len(tokens.learned) - tokens.learned[::-1].index(True)
-    start = end
-    while tokens.learned[start - 1]:  # what frames a question is in front of every answer
-        start -= 1
-    return replace(tokens, learned=[start <= i < end for i in range(len(tokens.ids))])
+    n_answers = sum(message.role == "assistant" for message in messages)
+    counted = [False] * (n_answers - 1) + [True] if learned is None else learned
+    # What frames a question parts two answers: each begins where what is learned begins.
+    begins = (now and not before for before, now in pairwise([False, *tokens.learned]))
+    answer = accumulate(begins, initial=-1)
+    next(answer)
+    kept = [now and counted[i] for now, i in zip(tokens.learned, answer, strict=True)]
+    return replace(tokens, learned=kept)
 
 
 def examples(
     talks: Sequence[Talk],
     tokenizer: Tokenizer,
-    rng: Random,
-    n_each: int = 1,
+    rng: Random | None = None,
     chat_format: str | None = None,
 ) -> list[DialogTokens]:
-    """Training examples out of dialogues that were held under a rule, `n_each` of every one.
+    """Training examples out of dialogues that were held under a rule.
 
-    Chance picks the turn that is the last one, among those in which the answer obeyed and came to
-    its end. A dialogue without such an answer gives none.
+    Each answer that obeyed and came to its end is the last one of an example: all of those of a
+    dialogue are computed in one pass (see `ghost`), which teaches most for the time it takes. With
+    ``rng`` it is one example of each dialogue, and chance picks the turn that is the last one.
+    A dialogue without such an answer gives none.
     """
     found = []
     for talk in talks:
         turns = [turn for turn, good in enumerate(talk.obeyed, 1) if good]
-        for _ in range(n_each if turns else 0):
-            last = turns[int(rng.random() * len(turns))]
-            found.append(ghost(talk.messages[: 2 * last], talk.rule.text, tokenizer, chat_format))
+        if not turns:
+            continue
+        last = turns[int(rng.random() * len(turns))] if rng else turns[-1]
+        learned = None if rng else talk.obeyed[:last]
+        messages = talk.messages[: 2 * last]
+        found.append(ghost(messages, talk.rule.text, tokenizer, learned, chat_format))
     return found
 
 

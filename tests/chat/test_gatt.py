@@ -25,7 +25,9 @@ from minillama.chat.gatt import (
 )
 from minillama.config import Sampling
 from minillama.data.dialogues import KINDS, combine, instructions
+from minillama.data.packing import IGNORE
 from minillama.generation import generate
+from minillama.training.loss import next_token_loss
 
 FORMS = ("text", "short")
 MODEL = small_llama(max_seq_len=512)
@@ -238,7 +240,7 @@ def test_in_every_format_only_the_last_answer_is_learned(request, chat_format):
     tok = request.getfixturevalue(fixtures[chat_format])
     dialogue = [Message("system", "Be brief."), *DIALOGUE, Message("user", "Jon?")]
     dialogue.append(Message("assistant", "Jon had two."))
-    tokens = ghost(dialogue, "Sing.", tok, chat_format)
+    tokens = ghost(dialogue, "Sing.", tok, chat_format=chat_format)
     whole = encode_dialog(instructed(dialogue, "Sing."), tok, chat_format)
     assert (tokens.ids, tokens.roles) == (whole.ids, whole.roles)
     before = encode_dialog(instructed(dialogue[:-2], "Sing."), tok, chat_format)
@@ -271,24 +273,53 @@ def talk_of(*answers: str, finished: bool = True) -> Talk:
     return Talk(BOAT, messages, [finished] * len(answers))
 
 
+def test_the_answers_to_be_learned_can_be_chosen(tok):
+    whole = encode_dialog(instructed(DIALOGUE, "Sing."), tok)
+    (first, second) = (
+        ghost(DIALOGUE, "Sing.", tok, keep) for keep in ([True, False], [False, True])
+    )
+    assert second == ghost(DIALOGUE, "Sing.", tok)
+    n = len(encode_dialog(instructed(DIALOGUE[:2], "Sing."), tok).ids)
+    assert first.learned == whole.learned[:n] + [False] * (len(whole.ids) - n)
+    assert ghost(DIALOGUE, "Sing.", tok, [True, True]) == whole
+
+
+def test_one_pass_over_all_answers_is_the_sum_of_an_example_for_each(tok):
+    answers = ("a boat", "the boat", "a kite", "my boat")
+    (whole,) = examples([talk_of(*answers)], tok)
+    turns = (1, 2, 4)
+    parts = [ghost(talk_of(*answers).messages[: 2 * n], BOAT.text, tok) for n in turns]
+    model = small_llama(max_seq_len=512).requires_grad_(True)
+    together, apart = (gradients(model, each) for each in ([whole], parts))
+    assert_close(together, apart, rtol=1e-4, atol=1e-5)  # sums in another order
+
+
+def gradients(model, tokens) -> list[torch.Tensor]:
+    """The summed loss of examples, one after the other, and its gradients."""
+    model.zero_grad()
+    total = torch.zeros(())
+    for each in tokens:
+        ids, learned = torch.tensor([each.ids]), torch.tensor([each.learned])
+        targets = ids.where(learned, IGNORE)[:, 1:]
+        loss = next_token_loss(model(ids[:, :-1]), targets)
+        loss.backward()
+        total += loss.detach()
+    return [total, *(parameter.grad.clone() for parameter in model.parameters())]
+
+
 def test_only_answers_that_obeyed_become_the_last_one(tok):
     talks = [
-        talk_of("a boat", "a kite", "a boat"),
+        talk_of("a boat", "a kite", "a boat", "a kite"),
         talk_of("a lamp"),
         talk_of("a boat", finished=False),
     ]
-    found = examples(talks, tok, Random(0), n_each=40)
     expected = {n: ghost(talks[0].messages[: 2 * n], BOAT.text, tok).ids for n in (1, 3)}
+    found = [each for seed in range(40) for each in examples(talks, tok, Random(seed))]
     counts = {n: sum(each.ids == ids for each in found) for n, ids in expected.items()}
     assert len(found) == sum(counts.values()) == 40
     assert all(10 <= n <= 30 for n in counts.values())  # both are as likely
-
-
-def test_a_seed_gives_the_same_examples(tok):
-    talks = [talk_of(*["a boat"] * 5)] * 4
-    once, again = (examples(talks, tok, Random(3), n_each=2) for _ in range(2))
-    assert once == again
-    assert examples(talks, tok, Random(4), n_each=2) != once
+    (whole,) = examples(talks, tok)
+    assert whole == ghost(talks[0].messages[:6], BOAT.text, tok, [True, False, True])
 
 
 # ------------------------------------------------------------------------------ what came of it
