@@ -29,7 +29,11 @@ from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-CLOSING = ApiError(503, "The server is shutting down. Ask again when it is back.", "closing")
+
+
+def closing() -> ApiError:
+    return ApiError(503, "The server is shutting down. Ask again when it is back.", "closing")
+
 
 # --- One engine, one thread ----------------------------------------------------------------------
 
@@ -104,6 +108,8 @@ class EngineThread:
 
         Raises ValueError, before the block, as `Engine.submit` does.
         """
+        if not self._thread.is_alive():
+            raise closing()
         job = Job(requests)
         self._commands.put(partial(self._submit, job))
         try:
@@ -118,7 +124,7 @@ class EngineThread:
 
     def close(self) -> None:
         """Wait for the step that is going on, and end. Those who wait are told."""
-        self.interrupt(CLOSING)
+        self.interrupt(closing())
         self._commands.put(self._end)
         self._thread.join()
 

@@ -37,7 +37,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minillama.app.endpoints import Endpoint
 from minillama.app.limits import Limits
-from minillama.app.models import CLOSING, Job, ServedModel
+from minillama.app.models import Job, ServedModel, closing
 from minillama.app.protocol import (
     DONE,
     EVENTS,
@@ -433,7 +433,7 @@ class Service:
     def interrupt(self) -> None:
         """Tell all who wait that the server closes."""
         for thread in self.threads:
-            thread.interrupt(CLOSING)
+            thread.interrupt(closing())
 
     async def close(self) -> None:
         for thread in self.threads:
