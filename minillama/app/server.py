@@ -101,8 +101,8 @@ class Guard:
         self.n_requests += counted
         try:
             self._check(scope["path"], Headers(scope=scope))
-            # What should end by itself is given a little longer.
-            async with asyncio.timeout(self.limits.max_seconds + 5):
+            # What can end with an error of its own is given a little longer.
+            async with asyncio.timeout(self.limits.max_seconds + 1):
                 await self.app(scope, _Limited(receive, self.limits), guarded_send)
         except ApiError as error:
             await error_response(error)(scope, receive, guarded_send)

@@ -1,6 +1,7 @@
 """A server to test: in this process, and on a socket of its own."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from minillama.app.models import ServedModel, serve_model
 from minillama.app.server import create_app, listen, server_of
 from minillama.chat import Message, encode_dialog
 from minillama.config import Sampling
-from minillama.generation import generate
+from minillama.generation import Request, Ticket, generate
 
 MODEL, TOKENIZER = small_llama(max_seq_len=256), small_tokenizer()
 URL = "http://127.0.0.1"
@@ -61,6 +62,33 @@ def live(folder: Path, models: list[ServedModel] | None = None, **app: Any) -> I
     finally:
         server.should_exit = True
         thread.join()
+
+
+class Held:
+    """Models whose engine takes requests, and takes no step until it is let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.models = small_models()
+        self.thread = self.models[0].thread
+        self.tickets: list[Ticket] = []
+        step, submit = self.thread._step, self.thread._engine.submit
+
+        def held_step() -> None:
+            if self.go.wait(0.005):
+                step()
+
+        def noted_submit(request: Request) -> Ticket:
+            self.tickets.append(submit(request))
+            return self.tickets[-1]
+
+        self.thread._step, self.thread._engine.submit = held_step, noted_submit
+
+    def wait_for(self, n_open: int) -> None:
+        deadline = time.monotonic() + 10
+        while self.thread.n_open != n_open:
+            assert time.monotonic() < deadline, f"{self.thread.n_open} are open, not {n_open}"
+            time.sleep(0.002)
 
 
 def alone(prompt: str | list[int], **settings: Any) -> str:

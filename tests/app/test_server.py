@@ -5,8 +5,9 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
-import time
 from typing import Any
 
 import httpx2
@@ -15,7 +16,7 @@ import pytest
 import torch
 from fastapi import APIRouter
 from pydantic import BaseModel
-from serving import CHAT, MODEL, TEXT, TOKENIZER, alone, client, dialog, live, small_models
+from serving import CHAT, MODEL, TEXT, TOKENIZER, Held, alone, client, dialog, live, small_models
 
 from minillama.adapt.lora import attach, new_adapter
 from minillama.app.limits import Limits
@@ -351,28 +352,6 @@ def test_where_the_client_says_nothing_the_limit_ends_the_answer(tmp_path):
         assert answer["usage"]["completion_tokens"] == 7
 
 
-class Held:
-    """Models whose engine takes requests, and takes no step until it is let go."""
-
-    def __init__(self) -> None:
-        self.go = threading.Event()
-        self.models = small_models()
-        self.thread = self.models[0].thread
-        step = self.thread._step
-
-        def held_step() -> None:
-            if self.go.wait(0.005):
-                step()
-
-        self.thread._step = held_step
-
-    def wait_for(self, n_open: int) -> None:
-        deadline = time.monotonic() + 10
-        while self.thread.n_open != n_open:
-            assert time.monotonic() < deadline, f"{self.thread.n_open} are open, not {n_open}"
-            time.sleep(0.002)
-
-
 def test_more_requests_at_a_time_than_allowed(tmp_path):
     held = Held()
     with live(tmp_path, held.models, limits=Limits(max_requests=2)) as url:
@@ -420,6 +399,29 @@ def test_a_body_that_does_not_come(tmp_path):
         answer = asyncio.run(ask(url))
     assert answer.startswith(b"HTTP/1.1 408")
     assert b'"code":"timeout"' in answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("how", ["closes", "dies"])
+def test_a_client_that_goes_frees_its_place_at_once(tmp_path, stream, how):
+    held = Held()
+    body = json.dumps(TEXT | {"max_tokens": 200, "stream": stream}).encode()
+    with live(tmp_path, held.models, limits=Limits(max_requests=1)) as url:
+        leaving = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+        leaving.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n")
+        leaving.sendall(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        held.wait_for(1)
+        if how == "dies":  # no farewell: the system resets the connection
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        leaving.close()
+        held.wait_for(0)
+        assert [ticket.finish_reason for ticket in held.tickets] == ["cancelled"]
+        held.go.set()
+        for _ in range(100):  # the engine forgets the client a moment before the server does
+            response = httpx2.post(f"{url}/v1/completions", json=TEXT)
+            if response.status_code != 429:
+                break
+        assert response.json()["choices"][0]["text"] == alone("Ada had")
 
 
 # --- Who may ask ---------------------------------------------------------------------------------
