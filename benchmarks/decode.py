@@ -41,6 +41,7 @@ CONTESTANTS = [
     "litgpt",
     "minillama",
     "minillama compiled",
+    "minillama bfloat16",
     "minillama bfloat16 compiled",
     "minillama int8",
     "minillama int8 compiled",
