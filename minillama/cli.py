@@ -9,10 +9,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from itertools import chain, cycle, islice
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from minillama.app.models import ServedModel
     from minillama.chat.dialog import DialogTokens
+    from minillama.chat.gatt import Talk
     from minillama.chat.sft import SftRun
     from minillama.model import Llama
     from minillama.plan import InferencePlan, TrainingPlan
@@ -58,6 +60,11 @@ LORA_TRAINING = TrainingConfig(
     steps=200, learning_rate=2e-4, warmup_steps=10, weight_decay=0.0, batch_size=4
 )
 TOY_DIALOGUES = 3000  # of the toy world, for fine-tuning: more than data/dialogues holds
+# Of Ghost Attention, on the toy world's dialogues.
+GATT_TRAINING = TrainingConfig(
+    steps=250, batch_size=4, seq_len=1024, learning_rate=1e-3, warmup_steps=20
+)
+TURNS = (1, 2, 4, 6, 10, 15, 20)  # at which obedience is shown
 CONFIG = "config.toml"  # of a run
 RANK = int(os.environ.get("RANK", "0"))  # among the processes that torchrun started: 0 speaks
 
@@ -491,6 +498,139 @@ def sft_defaults(arguments: list[str]) -> Sft:
         epochs=None if found.steps else SFT_EPOCHS,
         training=SFT_PRESETS[known_name("preset of fine-tuning", preset, SFT_PRESETS)],
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gatt:
+    """Teach a chat model to obey an instruction of the first turn to the last: Ghost Attention.
+
+    The model is told an instruction on every turn of many dialogues; then it learns its answers
+    from the same dialogues with the instruction in the first turn alone. Without --instructions and
+    --data all of it is of the toy world, and obedience is measured before and after, with other
+    instructions and questions.
+    Example: minillama gatt runs/toy-chat/checkpoint --out runs/toy-gatt
+    """
+
+    model: tyro.conf.Positional[str | None] = None  # a checkpoint that answers: `minillama sft`
+    instructions: Path | None = None  # a text file: in each line one, a tab, and the same in short
+    data: tuple[Path, ...] = ()  # JSON-lines files as for `minillama sft`: users' questions
+    out: Path = Path("runs/gatt")  # a new folder
+    resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
+    n_dialogues: int = 256  # to hold under an instruction; every tenth is for validation
+    n_turns: int = 20  # of a dialogue, at most
+    last_only: bool = False  # of a dialogue one answer is learned, and not each as if it were last
+    max_new_tokens: int = 48  # of an answer
+    sampling: Annotated[Sampling, FLAT] = field(default_factory=Sampling)
+    n_measured: int = 64  # dialogues of the toy world to measure obedience in; 0 measures nothing
+    chat_format: str | None = None  # llama2, chatml, code-llama-70b; else the vocabulary's
+    tokenizer: Path | None = None  # where it does not lie beside the weights
+    device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
+    training: Annotated[TrainingConfig, FLAT] = GATT_TRAINING
+    saving: Annotated[RunConfig, FLAT] = field(default_factory=RunConfig)
+
+    def run(self) -> None:
+        from minillama.chat.gatt import obedience, toy_talks
+
+        resumes = self.resume and (self.out / CONFIG).exists()
+        run = self._resumed() if resumes else self._new()
+        _follow(run)
+        if not self.instructions and self.n_measured:
+            base = read_toml(self.out / CONFIG)["base"]["path"]
+            shares = {}
+            for name, path in (("before", base), ("after", str(self.out / run.RESULT))):
+                model, tokenizer = self._opening.load(path)
+                talks = toy_talks(model, tokenizer, self.n_measured, 20, "held-out", False)
+                shares[name] = obedience(talks)
+            print_obedience(shares)
+        print(f"Try it: minillama chat {self.out / run.RESULT}")
+
+    @property
+    def _opening(self) -> "Opening":
+        return Opening(tokenizer=self.tokenizer, device=self.device)
+
+    def _new(self) -> "SftRun":
+        from minillama.chat.gatt import examples
+        from minillama.chat.sft import SftRun
+
+        if not self.model or bool(self.instructions) != bool(self.data):
+            raise ValueError(
+                "Name the model, and what it is to be told and asked: minillama gatt MODEL "
+                "--instructions FILE --data FILE..., both or neither (then it is of the toy world)."
+            )
+        _keep(self.out / SftRun.RESULT)
+        print(f"{self.n_dialogues:,} dialogues are held under an instruction.", flush=True)
+        tokenizer, talks = self._talks()
+        rng = Random(self.training.seed) if self.last_only else None
+        found = examples(talks, tokenizer, rng, self.chat_format)
+        obeyed = [good for talk in talks for good in talk.obeyed]
+        said = f"Of {len(obeyed):,} answers {sum(obeyed):,} obeyed"
+        if len(found) < 2:
+            raise ValueError(
+                f"{said}, in {len(found)} dialogues. At least 2 are needed, one to learn from and "
+                f"one to measure what was learned: ask more, or take a model that obeys what it "
+                f"was told just now and comes to the end of its answers (`minillama sft`)."
+            )
+        places = {*range(9, len(found), 10)} or {len(found) - 1}
+        print(f"{said}; {sum(sum(each.learned) for each in found):,} tokens of them are learned.")
+        return SftRun(
+            self.out,
+            [each for place, each in enumerate(found) if place not in places],
+            [found[place] for place in sorted(places)],
+            tokenizer,
+            self.model,
+            self.training,
+            device=_device(self.device),
+            saving=self.saving,
+            origin={
+                "instructions": str(self.instructions or "toy"),
+                "data": list(map(str, self.data)),
+            },
+        )
+
+    def _talks(self) -> "tuple[Tokenizer, list[Talk]]":
+        """Dialogues that the model holds under instructions."""
+        from minillama.chat import recognise
+        from minillama.chat.gatt import draw_rules, hold, read_instructions, toy_talks
+        from minillama.chat.jsonl import read_dialogues
+
+        seed = self.training.seed
+        given = read_instructions(self.instructions) if self.instructions else []
+        model, tokenizer = self._opening.load(str(self.model))
+        if not given:
+            return tokenizer, toy_talks(model, tokenizer, self.n_dialogues, self.n_turns, seed=seed)
+        chat_format = self.chat_format or recognise(tokenizer)
+        dialogues = list(read_dialogues(self.data, chat_format).values())
+        questions = [
+            [message.content for message in dialogue if message.role == "user"][: self.n_turns]
+            for dialogue in islice(cycle(dialogues), self.n_dialogues)
+        ]
+        talks = hold(
+            model,
+            tokenizer,
+            questions,
+            draw_rules(given, len(questions), Random(seed)),
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            seed=seed,
+            chat_format=chat_format,
+        )
+        return tokenizer, talks
+
+    def _resumed(self) -> "SftRun":
+        from minillama.chat.sft import SftRun
+
+        run = SftRun.resume(self.out, _device(self.device), self.saving)
+        assert isinstance(run, SftRun)
+        _keeps_settings(self.out, self.training, run.config, GATT_TRAINING)
+        return run
+
+
+def print_obedience(shares: dict[str, list[float]], turns: Sequence[int] = TURNS) -> None:
+    """A table of how many of the dialogues obey at which turn, a line for each name."""
+    reached = [turn for turn in turns if turn <= min(map(len, shares.values()))]
+    print(f"Obedience at turn {''.join(f'{turn:>6}' for turn in reached)}")
+    for name, by_turn in shares.items():
+        print(f"{name:<18}{''.join(f'{by_turn[turn - 1]:>6.0%}' for turn in reached)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1035,6 +1175,7 @@ def main(arguments: list[str] | None = None) -> None:
             | Annotated[Verify, tyro.conf.subcommand("verify")]
             | Annotated[LoRA, tyro.conf.subcommand("lora")]
             | Annotated[Sft, tyro.conf.subcommand("sft", default=tuning)]
+            | Annotated[Gatt, tyro.conf.subcommand("gatt")]
             | Annotated[Curate, tyro.conf.subcommand("curate")]
             | Annotated[Fetch, tyro.conf.subcommand("fetch")]
             | Annotated[Generate, tyro.conf.subcommand("generate")]

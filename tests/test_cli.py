@@ -29,6 +29,7 @@ COMMANDS = (
     "pretrain",
     "lora",
     "sft",
+    "gatt",
     "generate",
     "chat",
     "serve",

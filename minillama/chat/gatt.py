@@ -34,6 +34,7 @@ from minillama.chat.dialog import (
     recognise,
 )
 from minillama.config import Sampling
+from minillama.data.dialogues import dialogue, instructions
 from minillama.generation import Decoder, sample
 from minillama.model import Llama, apply_rope, rope_angles
 from minillama.model.llama import Block
@@ -133,7 +134,7 @@ def read_instructions(path: str | os.PathLike[str]) -> list[Spoken]:
 
 
 def draw_rules(
-    instructions: Sequence[Instruction], n: int, rng: Random, combined: float = 0.25
+    given: Sequence[Instruction], n: int, rng: Random, combined: float = 0.25
 ) -> list[Rule]:
     """`n` rules at random: each kind of instruction as often as the others, half of them short.
 
@@ -142,7 +143,7 @@ def draw_rules(
     Source: Touvron et al. 2023b, sec. 3.3: "randomly combining", "half of the time".
     """
     kinds: dict[str, list[Instruction]] = {}
-    for instruction in instructions:
+    for instruction in given:
         kinds.setdefault(instruction.kind, []).append(instruction)
     rules = []
     for _ in range(n):
@@ -294,6 +295,27 @@ class _Reader:
         texts = [self.tokenizer.decode(ids).strip() for ids in drawn]
         safe = [neutralise(text, self.tokenizer, self.chat_format) for text in texts]
         return list(zip(safe, finished, strict=True))
+
+
+def toy_talks(
+    model: Llama,
+    tokenizer: Tokenizer,
+    n: int,
+    n_turns: int = 20,
+    split: str = "train",
+    every_turn: bool = True,
+    seed: int = 0,
+) -> list[Talk]:
+    """`n` dialogues of the toy world, held by a model, as `hold` gives them.
+
+    The instructions are those of a split, "train" or "held-out" (see `draw_rules`); the questions
+    were learned from or not, accordingly.
+    """
+    rng = Random(seed)
+    part = "train" if split == "train" else "test"
+    asked = [[turn.question for turn in dialogue(rng, n_turns, part)] for _ in range(n)]
+    rules = draw_rules(instructions(split), n, rng)
+    return hold(model, tokenizer, asked, rules, every_turn, seed=seed)
 
 
 # --- Training data --------------------------------------------------------------------------------

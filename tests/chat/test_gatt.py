@@ -1,11 +1,16 @@
 """Ghost Attention: who is told what, what is learned, and how far a model obeys."""
 
+import json
+import re
+import shutil
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from safetensors import safe_open
 from small import small_llama
 from torch.testing import assert_close
 from transformers_llama import transformers_copy
@@ -23,10 +28,14 @@ from minillama.chat.gatt import (
     read_instructions,
     strongest_attention,
 )
-from minillama.config import Sampling
+from minillama.chat.sft import batches, pack, tokenise
+from minillama.checkpoint import load, save
+from minillama.cli import main
+from minillama.config import Sampling, TrainingConfig
 from minillama.data.dialogues import KINDS, combine, instructions
 from minillama.data.packing import IGNORE
 from minillama.generation import generate
+from minillama.training import make_optimizer, train
 from minillama.training.loss import next_token_loss
 
 FORMS = ("text", "short")
@@ -338,3 +347,114 @@ def test_the_strongest_attention_is_that_of_transformers():
     ours = strongest_attention(MODEL, tokens)
     assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     assert ours.triu(1).count_nonzero() == 0
+
+
+# --------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def base(tok, tmp_path_factory) -> Path:
+    """A checkpoint that knows two answers, and how they end."""
+    model = small_llama(max_seq_len=256).requires_grad_(True)
+    dialogues = [
+        [Message("user", f"{told}{name}?"), Message("assistant", f"{name} had a {thing}.")]
+        for name, thing in (("Ada", "kite"), ("Ben", "lamp"))
+        for told in ("", "Sing. ", "S: sing. ")
+    ]
+    rows = pack(tokenise(dialogues, tok), seq_len=64)
+    config = TrainingConfig(steps=60, learning_rate=1e-2, warmup_steps=5, seq_len=64)
+    for stats in train(model, make_optimizer(model, config), batches(rows, 4, seed=0), config):
+        loss = stats.loss
+    assert loss < 0.2
+    folder = tmp_path_factory.mktemp("base") / "checkpoint"
+    save(folder, model, tok)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    """Questions, and one instruction that no function can check."""
+    (tmp_path / "rules.txt").write_text("Sing.\tS: sing.\n")
+    said = [
+        {"role": role, "content": text} for role, text in (("user", "Ada?"), ("assistant", "?"))
+    ]
+    lines = [{"messages": said}, {"messages": said * 2}]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return ["--instructions", str(tmp_path / "rules.txt"), "--data", str(tmp_path / "asked.jsonl")]
+
+
+FLAGS = ["--n-dialogues", "12", "--steps", "4", "--warmup-steps", "1", "--batch-size", "2"]
+FLAGS += ["--seq-len", "256", "--device", "cpu"]
+
+
+def test_the_command_learns_what_the_model_said(tmp_path, base, files, tok, capsys):
+    out = tmp_path / "run"
+    main(["gatt", str(base), *files, "--out", str(out), *FLAGS])
+    shown = capsys.readouterr().out
+    assert "12 dialogues are held under an instruction." in shown
+    assert "Of 18 answers 18 obeyed" in shown  # every second dialogue has two
+    assert shown.endswith(f"Try it: minillama chat {out / 'checkpoint'}\n")
+    with safe_open(out / "tokens" / "examples.safetensors", "np") as file:
+        rows = file.get_tensor("rows")
+    learned = [tok.decode([i for i in row[1].tolist() if i != IGNORE]) for row in rows]
+    assert all(text.startswith("Ada had a kite.") for text in learned)
+    assert load(out / "checkpoint")[0].config.max_seq_len == 256
+
+
+def test_the_command_resumes_to_the_same_bytes(tmp_path, base, files, capsys):
+    out = tmp_path / "run"
+    main(["gatt", str(base), *files, "--out", str(out), *FLAGS, "--save-every", "2"])
+    whole = (out / "checkpoint" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "states" / "000000004")
+    main(["gatt", *files, "--out", str(out), "--resume", "--device", "cpu"])
+    assert "2 of them were taken before" in capsys.readouterr().out
+    assert (out / "checkpoint" / "model.safetensors").read_bytes() == whole
+
+
+def test_with_last_only_one_answer_of_a_dialogue_is_learned(tmp_path, base, files, capsys):
+    numbers = []
+    for name, more in (("each", []), ("last", ["--last-only"])):
+        main(["gatt", str(base), *files, "--out", str(tmp_path / name), *FLAGS, *more])
+        numbers.append(int(re.search(r"; (\d+) tokens of them", capsys.readouterr().out)[1]))
+    assert numbers[0] * 12 == numbers[1] * 18
+
+
+def test_obedience_is_shown_before_and_after(tmp_path, base, tok, monkeypatch, capsys):
+    def as_told(model, tokenizer, n, n_turns=20, split="train", every_turn=True, seed=0):
+        if every_turn:
+            return [talk_of("a boat", "a boat")] * n
+        was_trained = not torch.equal(model.norm.weight, load(base)[0].norm.weight)
+        return [talk_of(*["a boat"] * (20 if was_trained else 1), *["no"] * 19)] * n
+
+    monkeypatch.setattr("minillama.chat.gatt.toy_talks", as_told)
+    main(["gatt", str(base), "--out", str(tmp_path / "run"), *FLAGS])
+    lines = capsys.readouterr().out.splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith("Obedience"))
+    assert lines[place].split() == ["Obedience", "at", "turn", "1", "2", "4", "6", "10", "15", "20"]
+    assert lines[place + 1].split() == ["before", "100%", *["0%"] * 6]
+    assert lines[place + 2].split() == ["after", *["100%"] * 7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Name the model, and what it is to be told and asked: minillama gatt MODEL"),
+        (["BASE", "--data", "asked.jsonl"], "both or neither"),
+        (
+            ["BASE", "FILES", "--n-dialogues", "1"],
+            "Of 1 answers 1 obeyed, in 1 dialogues. At least",
+        ),
+        (["BASE", "FILES", "--max-new-tokens", "2"], "answers 0 obeyed, in 0 dialogues"),
+        (["nowhere"], "There is no nowhere"),
+    ],
+)
+def test_a_mistake_is_one_text_and_leaves_nothing(
+    tmp_path, base, files, capsys, arguments, message
+):
+    given = {"BASE": [str(base)], "FILES": files}
+    flags = [flag for argument in arguments for flag in given.get(argument, [argument])]
+    with pytest.raises(SystemExit) as end:
+        main(["gatt", *flags, "--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert end.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
