@@ -135,6 +135,20 @@ def test_an_answer_with_one_word_changed_is_wrong(seed, data):
     assert is_right(exchange.question, changed, exchange.story) == (changed == exchange.answer)
 
 
+@pytest.mark.parametrize("kind", ["having", "going", "looking"])
+def test_an_answer_says_what_the_question_says_of_what_it_asks_for(kind):
+    content = {str(word) for slot in FILLINGS.values() for word in slot}
+    (pairs,) = [
+        each for each, name in zip(dialogues._facts("test"), FACTS, strict=True) if name == kind
+    ]
+    for question, answer in pairs:
+        *facts, asked = (set(re.findall(r"\w+", part)) for part in re.split("[.,]", question))
+        said = content & set(re.findall(r"\w+", answer))
+        assert said & asked
+        assert len(said) == 2
+        assert any(said <= fact for fact in facts), (question, answer)
+
+
 def test_a_question_has_one_answer():
     pairs = [pair for split in SPLITS for kind in dialogues._facts(split) for pair in kind]
     assert len({question for question, _ in pairs}) == len(pairs) > 10_000
