@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -787,12 +788,11 @@ class Serve:
         endpoints = [Endpoint(*_named("endpoint", each)) for each in self.endpoint]
         path = self.data or data_folder() / "conversations.sqlite3"
         path.parent.mkdir(parents=True, exist_ok=True)
-        store = Store(path)
-        listening = listen(self.host, self.port)
-        app = create_app(
-            self._models(), endpoints, self.limits, token, hosts, conversations=router(store)
-        )
-        serve(app, listening, self.grace)
+        with closing(Store(path)) as store, listen(self.host, self.port) as listening:
+            app = create_app(
+                self._models(), endpoints, self.limits, token, hosts, conversations=router(store)
+            )
+            serve(app, listening, self.grace)
 
     def _models(self) -> "list[ServedModel]":
         from minillama.app.models import serve_model
