@@ -72,16 +72,21 @@ RANK = int(os.environ.get("RANK", "0"))  # among the processes that torchrun sta
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train a small model on the tales of the toy world, and let it write three stories.
+    """Train a small model on the tales of the toy world, and make an assistant of it.
 
-    The first two minutes of minillama: a tokenizer, a Llama, a loss curve, and stories that are
-    checked for consistency. Example: minillama demo
+    The first eight minutes of minillama. Pretraining: a tokenizer, a Llama, a loss curve, and
+    stories that are checked for consistency. Then fine-tuning on dialogues, of which it learns to
+    answer; and Ghost Attention, with which it keeps an instruction to the end of a dialogue.
+    Example: minillama demo
     """
 
-    out: Path = Path("runs/demo")  # folder for the checkpoint, loss.png, log.jsonl and config.toml
-    steps: int = TOY_TRAINING.steps  # optimiser steps
+    # Folder for the checkpoint, loss.png, log.jsonl and config.toml; in sft/ and gatt/ those of the
+    # assistant.
+    out: Path = Path("runs/demo")
+    steps: int = TOY_TRAINING.steps  # optimiser steps of pretraining
     seed: int = 0
     n_checked: int = 100  # stories to sample and check; the first three are shown
+    chat: bool = True  # go on to the assistant
 
     def run(self) -> None:
         from minillama.data import tales
@@ -112,6 +117,45 @@ class Demo:
             f"{report.n_copied} are copied from the training data."
         )
         print(f"More: minillama generate --model {self.out / 'checkpoint'} --temperature 0.8")
+        if self.chat:
+            self._make_assistant()
+
+    def _make_assistant(self) -> None:
+        from minillama.chat.gatt import toy_talks
+        from minillama.evaluation.dialogues import examine
+
+        nothing = RunConfig(save_every=0)
+        print("\nFine-tuning: it reads dialogues, and learns the answers.")
+        training = replace(SFT_PRESETS["toy"], seed=self.seed)
+        sft = Sft(
+            model=str(self.out / "checkpoint"),
+            data=("toy",),
+            out=self.out / "sft",
+            preset="toy",
+            training=training,
+            saving=nothing,
+        )
+        run = sft.start()
+        _follow(run)
+        report = examine(run.model, run.tokenizer, self.n_checked, self.seed)
+        print(report.summary)
+
+        print("\nGhost Attention: it teaches itself to keep an instruction of the first turn.")
+        gatt = Gatt(
+            model=str(self.out / "sft" / "checkpoint"),
+            out=self.out / "gatt",
+            training=replace(GATT_TRAINING, seed=self.seed),
+            saving=nothing,
+        )
+        run = gatt.start()
+        _follow(run)
+        (talk,) = toy_talks(run.model, run.tokenizer, 1, 8, "held-out", False, self.seed)
+        for place, message in enumerate(talk.messages):
+            said = f"{talk.rule.text} {message.content}" if place == 0 else message.content
+            print(f"{message.role:>9}: {said}")
+        print()
+        gatt.show_obedience(run)
+        print(f"Talk to it: minillama chat {self.out / 'gatt' / 'checkpoint'}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,12 +441,16 @@ class Sft:
     saving: Annotated[RunConfig, FLAT] = field(default_factory=RunConfig)
 
     def run(self) -> None:
-        run = self._resumed() if self.resume and (self.out / CONFIG).exists() else self._new()
+        resumes = self.resume and (self.out / CONFIG).exists()
+        if not resumes:
+            _keep(self.out / "checkpoint")
+        run = self._resumed() if resumes else self.start()
         _follow(run, tensorboard=self.tensorboard)
         spoken = f" --chat-format {self._format(run.tokenizer)}" if self.chat_format else ""
         print(f"Try it: minillama chat {self.out / run.RESULT}{spoken}")
 
-    def _new(self) -> "SftRun":
+    def start(self) -> "SftRun":
+        """A new run; an earlier one in the same place is replaced."""
         from minillama.chat.sft import SftRun
         from minillama.checkpoint import open_checkpoint, open_tokenizer
 
@@ -411,7 +459,6 @@ class Sft:
                 "Name the model, and the dialogues it is to learn from: minillama sft MODEL --data "
                 "FILE... (or toy)"
             )
-        _keep(self.out / SftRun.RESULT)
         checkpoint = open_checkpoint(self.model)
         tokenizer = open_tokenizer(checkpoint, self.tokenizer)
         examples, held_out = self._examples(tokenizer)
@@ -530,26 +577,33 @@ class Gatt:
     saving: Annotated[RunConfig, FLAT] = field(default_factory=RunConfig)
 
     def run(self) -> None:
-        from minillama.chat.gatt import obedience, toy_talks
-
         resumes = self.resume and (self.out / CONFIG).exists()
-        run = self._resumed() if resumes else self._new()
+        if not resumes:
+            _keep(self.out / "checkpoint")
+        run = self._resumed() if resumes else self.start()
         _follow(run)
         if not self.instructions and self.n_measured:
-            base = read_toml(self.out / CONFIG)["base"]["path"]
-            shares = {}
-            for name, path in (("before", base), ("after", str(self.out / run.RESULT))):
-                model, tokenizer = self._opening.load(path)
-                talks = toy_talks(model, tokenizer, self.n_measured, 20, "held-out", False)
-                shares[name] = obedience(talks)
-            print_obedience(shares)
+            self.show_obedience(run)
         print(f"Try it: minillama chat {self.out / run.RESULT}")
+
+    def show_obedience(self, run: "SftRun") -> None:
+        """Before and after, with instructions and questions of the toy world not trained on."""
+        from minillama.chat.gatt import obedience, toy_talks
+
+        base = read_toml(self.out / CONFIG)["base"]["path"]
+        shares = {}
+        for name, path in (("before", base), ("after", str(self.out / run.RESULT))):
+            model, tokenizer = self._opening.load(path)
+            talks = toy_talks(model, tokenizer, self.n_measured, 20, "held-out", False)
+            shares[name] = obedience(talks)
+        print_obedience(shares)
 
     @property
     def _opening(self) -> "Opening":
         return Opening(tokenizer=self.tokenizer, device=self.device)
 
-    def _new(self) -> "SftRun":
+    def start(self) -> "SftRun":
+        """A new run; an earlier one in the same place is replaced."""
         from minillama.chat.gatt import examples
         from minillama.chat.sft import SftRun
 
@@ -558,7 +612,6 @@ class Gatt:
                 "Name the model, and what it is to be told and asked: minillama gatt MODEL "
                 "--instructions FILE --data FILE..., both or neither (then it is of the toy world)."
             )
-        _keep(self.out / SftRun.RESULT)
         print(f"{self.n_dialogues:,} dialogues are held under an instruction.", flush=True)
         tokenizer, talks = self._talks()
         rng = Random(self.training.seed) if self.last_only else None

@@ -1,7 +1,7 @@
 """How good an assistant of the toy world is: are its answers right, and does it obey?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from random import Random
 
 from minillama.chat import Message, encode_dialog
@@ -48,6 +48,17 @@ class DialoguesReport:
         """The share of one of the lists that is as it is called."""
         answers = getattr(self, name)
         return sum(answered.ok for answered in answers) / len(answers)
+
+    @property
+    def summary(self) -> str:
+        """All shares, in words."""
+        share = {field.name: f"{self.share(field.name):.0%}" for field in fields(self)}
+        return (
+            f"{share['facts']} of its answers to new questions are right, {share['about_tales']} "
+            f"of those about a new tale; {share['tales']} of the tales that it tells on request. "
+            f"It obeys {share['told_now']} of the instructions in front of a question, and "
+            f"{share['told_before']} of those that were given a turn ago."
+        )
 
 
 def examine(model: Llama, tokenizer: Tokenizer, n: int = 100, seed: int = 0) -> DialoguesReport:
