@@ -15,7 +15,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 help:       ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1\t/' | expand -t 12
 
-demo: $(VENV)/core  ## set up, train a small model on the toy world's tales, let it write three stories
+demo: $(VENV)/core  ## set up, train a small model on the tales of the toy world, make an assistant of it
 	$(BIN)/minillama demo
 
 test: $(VENV)/dev   ## set up, then all tests and all notebooks
@@ -39,7 +39,7 @@ data: $(VENV)/core  ## rebuild data/ from the toy world's grammar, bit for bit
 	$(BIN)/python -m minillama.data.dialogues data
 
 toy: $(VENV)/core   ## train data/toy anew, the small model that the notebooks show
-	$(BIN)/minillama demo --out data/toy
+	$(BIN)/minillama demo --no-chat --out data/toy
 
 lock:       ## make constraints.txt anew from pyproject.toml (needs uv)
 	uv pip compile --universal --python-version 3.11 --all-extras --no-header --no-annotate \

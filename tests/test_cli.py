@@ -454,7 +454,8 @@ def test_info_of_a_checkpoint(checkpoint, capsys):
 
 @pytest.mark.slow
 def test_the_demo_in_short(tmp_path):
-    done = run(*minillama("demo", "--steps", "10", "--n-checked", "4", "--out", tmp_path / "demo"))
+    quick = ("--no-chat", "--steps", "10", "--n-checked", "4", "--out", tmp_path / "demo")
+    done = run(*minillama("demo", *quick))
     assert done.returncode == 0, done.stderr
     assert "Of 4 stories like these" in done.stdout
     assert load(tmp_path / "demo" / "checkpoint")[0].config == PRESETS["toy"]
