@@ -12,7 +12,7 @@ from typing import Any
 
 from minillama.adapt.lora import Adapter, Adapters
 from minillama.app.limits import Limits
-from minillama.app.protocol import ApiError, ChatForm, CompletionForm, Settings, Token
+from minillama.app.protocol import ApiError, ChatForm, CompletionForm, Token
 from minillama.chat.dialog import (
     DialogTokens,
     Message,
@@ -256,15 +256,14 @@ class ServedModel:
     def requests(self, form: ChatForm | CompletionForm, limits: Limits) -> list[Request]:
         """What the engine is to do. Raises ApiError for a dialogue that the model cannot read."""
         if isinstance(form, CompletionForm):
-            top = form.logprobs or 0
-            return self._requests(form, form.prompt, form.limit, form.logprobs is not None, top)
+            return self._requests(form, form.prompt, form.limit)
         if form.messages[-1].role != "user":
             said = "The last message must be of the role user: it is what is answered."
             raise ApiError(400, said, "invalid_value", "messages")
         limit = form.limit or limits.max_tokens
         ids = self.prompt(form, limit)[1].ids
         end_ids = (self.tokenizer.eos_id, end_of_answer(self.tokenizer, self.chat_format))
-        return self._requests(form, [ids], limit, form.logprobs, form.top_logprobs, end_ids)
+        return self._requests(form, [ids], limit, end_ids)
 
     def shown(self, form: ChatForm, limits: Limits) -> dict[str, Any]:
         """What the model reads, id by id; the ids under `control` are made by no text."""
@@ -323,11 +322,9 @@ class ServedModel:
 
     def _requests(
         self,
-        form: Settings,
+        form: ChatForm | CompletionForm,
         prompts: Sequence[str | list[int]],
         limit: int,
-        logprobs: bool,
-        top_logprobs: int,
         end_ids: Sequence[int] | None = None,
     ) -> list[Request]:
         """`n` for each prompt; if there is a seed, theirs follow it one by one."""
@@ -340,8 +337,8 @@ class ServedModel:
                 replace(self.sampling, **given),
                 None if form.seed is None else form.seed + number,
                 form.stop,
-                logprobs,
-                top_logprobs=top_logprobs,
+                form.wants_logprobs,
+                top_logprobs=form.top_logprobs,
                 end_ids=end_ids,
                 adapter=None if self.parent is None else self.name,
             )

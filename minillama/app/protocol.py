@@ -250,6 +250,10 @@ class ChatForm(Settings):
     def n_choices(self) -> int:
         return self.n
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs
+
     @model_validator(mode="after")
     def _consistent(self) -> "ChatForm":
         if self.top_logprobs and not self.logprobs:
@@ -275,6 +279,14 @@ class CompletionForm(Settings):
     @property
     def n_choices(self) -> int:
         return self.n * len(self.prompt)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None  # 0: of the tokens alone
+
+    @property
+    def top_logprobs(self) -> int:
+        return self.logprobs or 0
 
 
 def parse(form: type[F], fields: Mapping[str, Any]) -> F:

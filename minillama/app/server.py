@@ -33,6 +33,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, StreamingResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minillama.app.endpoints import Endpoint
@@ -46,7 +47,6 @@ from minillama.app.protocol import (
     CompletionForm,
     F,
     Reply,
-    Settings,
     Token,
     as_json,
     check_limits,
@@ -109,6 +109,8 @@ class Guard:
         except TimeoutError:
             if not started:
                 await error_response(too_slow(self.limits))(scope, receive, guarded_send)
+        except ClientDisconnect:
+            pass
         except Exception as error:
             if started:
                 raise  # the connection ends without the end of the answer
@@ -129,7 +131,7 @@ class Guard:
                 f"another site can reach it under a name of its own.",
                 "wrong_host",
             )
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, "Pages of other sites may not ask this server.", "wrong_origin")
         if self.token is not None and path not in OPEN:
             scheme, _, given = headers.get("Authorization", "").partition(" ")
@@ -147,9 +149,6 @@ class Guard:
                 f"{self.limits.max_requests} requests are being answered already. Ask again soon.",
                 "too_many_requests",
             )
-        length = headers.get("Content-Length", "0")
-        if not length.isdecimal() or int(length) > self.limits.max_body:
-            raise too_large(self.limits)
 
 
 class _Limited:
@@ -274,12 +273,13 @@ class Tidy:
 class Answer:
     """What a client gets for one job, whole or as a stream."""
 
-    def __init__(self, form: Settings, job: Job, deadline: float, limits: Limits) -> None:
+    def __init__(
+        self, form: ChatForm | CompletionForm, job: Job, deadline: float, limits: Limits
+    ) -> None:
         self.form, self.job = form, job
         self._deadline, self._limits = deadline, limits
         self._chat = isinstance(form, ChatForm)
         self._reply = Reply(form.model, self._chat, form.stream)
-        self._with_tokens = form.logprobs not in (None, False)  # type: ignore[attr-defined]
         n_choices = len(job.requests)
         self._n_tokens = [0] * n_choices
         self._tidy = [Tidy() for _ in range(n_choices)]
@@ -312,7 +312,10 @@ class Answer:
             ends[index] = finish_reason or ""
         choices = [
             self._reply.choice(
-                index, texts[index], tokens[index] if self._with_tokens else None, ends[index]
+                index,
+                texts[index],
+                tokens[index] if self.form.wants_logprobs else None,
+                ends[index],
             )
             for index in range(n_choices)
         ]
@@ -327,7 +330,7 @@ class Answer:
             async for index, text, more, finish_reason in self._news():
                 held[index] += more
                 if text or finish_reason:
-                    tokens = held[index] if self._with_tokens else None
+                    tokens = held[index] if self.form.wants_logprobs else None
                     choice = self._reply.choice(index, text, tokens, finish_reason)
                     held[index] = []
                     yield event(self._reply.object([choice]))

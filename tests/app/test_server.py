@@ -180,6 +180,11 @@ def test_logprobs_are_those_of_the_model(http):
     body = TEXT | {"logprobs": 2}
     older = http.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
     assert {len(values) for values in older.values()} == {12}
+    assert {len(top) for top in older["top_logprobs"]} <= {1, 2}  # two texts, or twice U+FFFD
+    body = TEXT | {"logprobs": 0}
+    plain = http.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+    assert plain["token_logprobs"] == older["token_logprobs"]
+    assert plain["top_logprobs"] == [{}] * 12
 
 
 def test_the_adapter_is_chosen_by_name(tmp_path):
@@ -455,7 +460,7 @@ def test_an_address_that_others_reach_needs_a_token(host):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.2"])
-def test_this_machine_alone_needs_none_and_answers_to_its_own_names(host):
+def test_this_machine_plainneeds_none_and_answers_to_its_own_names(host):
     assert host in hosts_of(host, None)
     assert "localhost" in hosts_of(host, TOKEN)
 
@@ -487,7 +492,9 @@ def test_a_name_that_somebody_else_gave_this_machine(http, host, status):
         assert error_of(response)["code"] == "wrong_host"
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "file://"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "file://", "http://[", ""]
+)
 def test_a_page_of_another_site_may_not_ask(http, origin):
     headers = {"Origin": origin}
     error = error_of(http.post("/v1/chat/completions", json=CHAT, headers=headers))
