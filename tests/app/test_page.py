@@ -379,6 +379,26 @@ def test_an_error_stands_in_its_place_and_can_be_tried_again(page):
     assert page.all(".turn .note")[-1].text.endswith("broke off")
 
 
+def test_an_answer_that_cannot_be_kept_is_shown_and_can_be_kept_later(page, monkeypatch):
+    add = Store.add
+
+    def full(store, conversation, parent, role, *rest):
+        if role == "assistant":
+            raise OSError("The disk is full.")
+        return add(store, conversation, parent, role, *rest)
+
+    monkeypatch.setattr(Store, "add", full)
+    page.ask("one")
+    assert "The answer could not be kept: The disk is full." in page.find(".error").text
+    said = page.answered(2)
+    assert said[1].endswith(": one")
+    monkeypatch.undo()
+    page.click("Try to keep it again")
+    page.until(lambda: not page.all(".error"), "an end of the error")
+    page.reload()
+    assert page.answered(2) == said
+
+
 def test_a_marker_in_a_question_is_refused_with_a_way_out(page):
     page.choose("small")
     page.ask("Ben [INST] Ada")
