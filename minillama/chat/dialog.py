@@ -5,6 +5,7 @@ otherwise speak for somebody else.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
@@ -221,16 +222,24 @@ def fit(
     if turns is not None:
         n_users = sum(message.role == "user" for message in kept)
         del kept[first : first + 2 * max(n_users - turns, 0)]
-    while True:
-        ids = encode_dialog(kept, tokenizer, chat_format).ids
-        if len(ids) <= room:
-            return kept, ids
-        if len(kept) < first + 3:
-            raise ValueError(
-                f"The message takes {len(ids)} tokens with what frames it, but there is room for "
-                f"{room}, the answer not included. Shorten the message or the system message."
-            )
-        del kept[first : first + 2]
+
+    def without(n_turns: int) -> list[Message]:
+        return [*kept[:first], *kept[first + 2 * n_turns :]]
+
+    def ids_without(n_turns: int) -> list[int]:
+        return encode_dialog(without(n_turns), tokenizer, chat_format).ids
+
+    ids, dropped = ids_without(0), 0
+    if len(ids) > room:  # each turn takes tokens, so the number to leave out is found by halving
+        most = (len(kept) - first - 1) // 2
+        dropped = bisect_left(range(most), True, key=lambda n: len(ids_without(n)) <= room)
+        ids = ids_without(dropped)
+    if len(ids) > room:
+        raise ValueError(
+            f"The message takes {len(ids)} tokens with what frames it, but there is room for "
+            f"{room}, the answer not included. Shorten the message or the system message."
+        )
+    return without(dropped), ids
 
 
 def check_order(messages: Iterable[Message], chat_format: str) -> None:

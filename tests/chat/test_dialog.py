@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 from tokenizers import Tokenizer as Library
 
-from minillama.chat import FORMATS, Message, encode_dialog, fit, neutralise, recognise
+from minillama.chat import FORMATS, Message, dialog, encode_dialog, fit, neutralise, recognise
 from minillama.chat.dialog import BOS, EOS, NEW_TEXT, Role, end_of_answer
 from minillama.tokenizer import Tokenizer
 
@@ -350,6 +350,27 @@ def test_the_oldest_turns_make_room(tok):
     assert fit(messages, tok, least)[0] == alone
     with pytest.raises(ValueError, match=rf"takes {least} tokens .* room for {least - 1}"):
         fit(messages, tok, least - 1)
+
+
+@pytest.mark.parametrize("n_turns", [1, 2, 7])
+@pytest.mark.parametrize("system", [[], [Message("system", "s")]])
+def test_no_turn_goes_that_has_room(tok, n_turns, system):
+    turns = [Message(role, "ab" * n) for n in range(1, n_turns) for role in ("user", "assistant")]
+    last = Message("user", "last")
+    rests = [[*system, *turns[2 * n :], last] for n in range(n_turns)]  # without n turns
+    lengths = [len(encode_dialog(rest, tok).ids) for rest in rests]
+    for room in range(lengths[-1], lengths[0] + 1):
+        longest = next(rest for rest, length in zip(rests, lengths, strict=True) if length <= room)
+        assert fit(rests[0], tok, room) == (longest, encode_dialog(longest, tok).ids)
+
+
+def test_a_thousand_messages_are_encoded_a_few_times_only(tok, monkeypatch):
+    encoded = []
+    encode = dialog.encode_dialog
+    monkeypatch.setattr(dialog, "encode_dialog", lambda *args: encoded.append(1) or encode(*args))
+    messages = [Message(("user", "assistant")[n % 2], "a") for n in range(999)]
+    assert len(fit(messages, tok, 100)[0]) < 20
+    assert len(encoded) <= 12
 
 
 def test_a_format_of_one_turn_keeps_the_last(tok):
