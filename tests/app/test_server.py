@@ -153,7 +153,24 @@ def test_an_answer_ends_where_the_format_ends_it(http, monkeypatch):
     assert ANSWER.startswith(answer["choices"][0]["message"]["content"])
 
 
-def test_white_space_around_an_answer_is_no_part_of_it():
+def test_white_space_around_an_answer_is_no_part_of_it(http):
+    settings = {"temperature": 2, "max_tokens": 3}
+    for around in (str.lstrip, str.rstrip):
+        for seed in range(200):
+            raw = alone(dialog("Ben?"), temperature=2, max_new_tokens=3, seed=seed)
+            if raw != around(raw):
+                break
+        assert raw != around(raw)
+        body = CHAT | settings | {"seed": seed}
+        (choice,) = http.post("/v1/chat/completions", json=body).json()["choices"]
+        assert choice["message"]["content"] == raw.strip()
+        (choice,) = http.post(
+            "/v1/completions", json=TEXT | settings | {"prompt": dialog("Ben?"), "seed": seed}
+        ).json()["choices"]
+        assert choice["text"] == raw
+
+
+def test_an_end_of_white_space_waits_for_what_follows():
     tidy = Tidy()
     assert [tidy.push(piece) for piece in (" ", "\n a", " ", "b \n", "", "c", " ")] == [
         "",
