@@ -1,4 +1,5 @@
-"""The HTTP server and its chat page, in reading order: limits, protocol, models, endpoints, server.
+"""The HTTP server and its chat page; both need the extra `serve`.
 
-What is imported here needs the extra `serve`; limits alone does not.
+In reading order: limits, protocol, models, endpoints, server; and what the page keeps: store,
+conversations.
 """
