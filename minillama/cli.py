@@ -814,7 +814,7 @@ class Serve:
     token: str | None = None  # that clients must have; better in the environment: MINILLAMA_TOKEN
     data: Path | None = None  # where the page keeps conversations; else, in your own data folder
     rows: int = 8  # answers of a model that are written at a time; more wait
-    max_len: int | None = None  # tokens of prompt and answer; without it, the model's context
+    max_len: int = 2048  # tokens of prompt and answer; the memory for all rows is taken at once
     tokenizer: Path | None = None  # where it does not lie beside the weights
     chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
     quantize: str | None = None  # int8, int4, nf4: fewer bits for the weights
@@ -869,6 +869,13 @@ class Serve:
         served = []
         for path, name in zip(self.models, names, strict=True):
             llama, tokenizer = opening.load(path)
+            context = llama.config.max_seq_len
+            if context > self.max_len:
+                print(
+                    f"{name}: prompt and answer take {self.max_len:,} tokens at most; the model "
+                    f"can read {context:,}, for more memory: --max-len {context}",
+                    file=sys.stderr,
+                )
             served += serve_model(
                 name,
                 llama,

@@ -11,6 +11,7 @@ class Limits:
     """
 
     max_body: int = 2**20  # bytes of a request
+    max_import: int = 2**24  # bytes of a conversation that the page sends to be kept
     max_messages: int = 1000  # of a dialogue; prompts of a completion
     max_characters: int = 500_000  # of all texts of a request
     max_tokens: int = 4096  # of an answer; also where the client does not say

@@ -19,7 +19,9 @@ import ipaddress
 import logging
 import re
 import secrets
+import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import chain
@@ -62,6 +64,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+KEPT = "/api/conversations"
 OPEN = ("/", "/health")  # without a token: they say nothing about anybody
 
 # --- Who may ask, and how much -------------------------------------------------------------------
@@ -97,13 +100,15 @@ class Guard:
                 message["headers"] = [*HEADERS.items(), *message["headers"]]
             await send(message)
 
+        kept = scope["path"].startswith(KEPT)
+        max_body = self.limits.max_import if kept else self.limits.max_body
         counted = scope["method"] not in ("GET", "HEAD")
         self.n_requests += counted
         try:
             self._check(scope["path"], Headers(scope=scope))
             # What can end with an error of its own is given a little longer.
             async with asyncio.timeout(self.limits.max_seconds + 1):
-                await self.app(scope, _Limited(receive, self.limits), guarded_send)
+                await self.app(scope, _Limited(receive, max_body, self.limits), guarded_send)
         except ApiError as error:
             await error_response(error)(scope, receive, guarded_send)
         except TimeoutError:
@@ -154,9 +159,10 @@ class Guard:
 class _Limited:
     """`receive`, but of a body that is neither too large nor too slow."""
 
-    def __init__(self, receive: Receive, limits: Limits) -> None:
-        self._receive, self._limits, self._n_bytes = receive, limits, 0
+    def __init__(self, receive: Receive, max_body: int, limits: Limits) -> None:
+        self._receive, self._max_body, self._seconds = receive, max_body, limits.body_seconds
         self._deadline = asyncio.get_running_loop().time() + limits.body_seconds
+        self._n_bytes = 0
         self._complete = False
 
     async def __call__(self) -> Message:
@@ -168,22 +174,18 @@ class _Limited:
         except TimeoutError:
             raise ApiError(
                 408,
-                f"The request did not come in within {self._limits.body_seconds:g} seconds.",
+                f"The request did not come in within {self._seconds:g} seconds.",
                 "timeout",
             ) from None
         self._n_bytes += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
-        if self._n_bytes > self._limits.max_body:
-            raise too_large(self._limits)
+        if self._n_bytes > self._max_body:
+            raise ApiError(
+                413,
+                f"The body is larger than the {self._max_body:,} bytes that this server takes.",
+                "body_too_large",
+            )
         return message
-
-
-def too_large(limits: Limits) -> ApiError:
-    return ApiError(
-        413,
-        f"The body is larger than the {limits.max_body:,} bytes that this server takes.",
-        "body_too_large",
-    )
 
 
 def too_slow(limits: Limits) -> ApiError:
@@ -569,6 +571,8 @@ def serve(app: FastAPI, listening: socket.socket, grace: float = 20.0) -> None:
 
     Answers that are being written then have `grace` seconds; a second Ctrl-C does not wait.
     """
+    # uvicorn raises SIGTERM again when it is done: as an exception, it lets the caller end, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     server_of(app, grace).run([listening])
 
 

@@ -352,6 +352,20 @@ def test_a_body_that_is_too_large(tmp_path):
             assert (error["status"], error["code"]) == (413, "body_too_large")
 
 
+def test_a_conversation_to_keep_may_be_larger(tmp_path):
+    router = APIRouter()
+
+    @router.post("/api/conversations")
+    def keep(form: dict[str, str]) -> int:
+        return len(form["text"])
+
+    limits = Limits(max_body=100, max_import=1000)
+    with client(tmp_path, conversations=router, limits=limits) as http:
+        assert http.post("/api/conversations", json={"text": "a" * 900}).json() == 900
+        error = error_of(http.post("/api/conversations", json={"text": "a" * 1000}))
+        assert (error["status"], error["code"]) == (413, "body_too_large")
+
+
 @pytest.mark.parametrize(
     ("limits", "body", "param"),
     [
