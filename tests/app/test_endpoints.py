@@ -88,6 +88,20 @@ def test_whoever_leaves_is_not_answered_by_the_other_server_either(tmp_path):
         assert [ticket.finish_reason for ticket in held.tickets] == ["cancelled"]
 
 
+def test_an_answer_that_nobody_reads_is_given_up(tmp_path):
+    held = Held()
+
+    async def ask(url: str) -> None:
+        body = TEXT | {"model": "other/small", "stream": True}
+        async with Endpoint("other", f"{url}/v1").asking("completions", body) as (status, _, _):
+            assert status == 200
+            await asyncio.to_thread(held.wait_for, 1)
+        await asyncio.to_thread(held.wait_for, 0)
+
+    with live(tmp_path, held.models) as url:
+        asyncio.run(ask(url))
+
+
 def test_what_is_sent_on_and_what_is_not(tmp_path):
     with (
         stranger(body=b'{"a": 1}', Content_Type="application/json", Set_Cookie="a=1") as (
