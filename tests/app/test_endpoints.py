@@ -92,11 +92,13 @@ def test_an_answer_that_nobody_reads_is_given_up(tmp_path):
     held = Held()
 
     async def ask(url: str) -> None:
+        endpoint = Endpoint("other", f"{url}/v1")
         body = TEXT | {"model": "other/small", "stream": True}
-        async with Endpoint("other", f"{url}/v1").asking("completions", body) as (status, _, _):
+        async with endpoint.asking("completions", body) as (status, _, _):
             assert status == 200
             await asyncio.to_thread(held.wait_for, 1)
         await asyncio.to_thread(held.wait_for, 0)
+        await endpoint.close()
 
     with live(tmp_path, held.models) as url:
         asyncio.run(ask(url))
