@@ -1,4 +1,4 @@
-"""Dialogues, in reading order: dialog, conversation, terminal."""
+"""Dialogues, in reading order: dialog, conversation, terminal; jsonl, sft, gatt, which train."""
 
 # ruff: noqa: I001  (reading order)
 from minillama.chat.dialog import FORMATS, ChatFormat, DialogTokens, Message, encode_dialog
