@@ -42,7 +42,7 @@ class VectorProduct(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, x: Float[Tensor, "*ones d_in"]) -> Float[Tensor, "*ones d_out"]:
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         if _has_kernel(self.weight):
             return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
         return (self.weight.float() * x.float()).sum(-1).view(*x.shape[:-1], -1).type_as(x)
