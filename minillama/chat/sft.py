@@ -27,12 +27,12 @@ from safetensors.numpy import save
 from minillama.chat.dialog import DialogTokens, Message, encode_dialog
 from minillama.checkpoint import open_checkpoint
 from minillama.checkpoint.weights import Checkpoint, llama_from
-from minillama.config import RunConfig, TrainingConfig
+from minillama.config import RunConfig, TrainingConfig, known_name
 from minillama.data.dialogues import as_messages, corpus
 from minillama.data.mixture import Batches
 from minillama.data.packing import IGNORE, Batch
 from minillama.model import Llama
-from minillama.plan import TrainingPlan
+from minillama.plan import LINEARS, TrainingPlan
 from minillama.tokenizer import Tokenizer
 from minillama.training.run import PretrainingRun
 
@@ -214,7 +214,8 @@ class SftRun(PretrainingRun):
     With `epochs` the run has as many steps as it takes to learn every row so often, and
     `config.steps` does not count. `across` lets the examples of a row see those before them.
     `held_out` are examples to measure the loss on; validation is in nats per learned token, and in
-    bits per byte of what is learned.
+    bits per byte of what is learned. `trained` names the matrices of the blocks that change, such
+    as "wq", and all else stays as it is; where it is empty, every weight changes.
 
     Raises ValueError or OSError; also for a base whose weights are in few bits.
     Source: Touvron et al. 2023b, sec. 3.1. Shown in notebooks/10_sft.ipynb.
@@ -235,6 +236,7 @@ class SftRun(PretrainingRun):
         device: str | torch.device = "cpu",
         saving: RunConfig | None = None,
         origin: Mapping[str, Any] | None = None,
+        trained: Sequence[str] = (),
     ) -> None:
         path = Path(base).absolute() if Path(base).exists() else base  # or a name
         model_config = _open_base(base, config.seq_len).config
@@ -246,7 +248,10 @@ class SftRun(PretrainingRun):
             "training": asdict(config),
             "saving": asdict(saving or RunConfig()),
             "shares": {"examples": 1.0},
-            "base": {"path": str(path)},
+            "base": {
+                "path": str(path),
+                "trained": [known_name("matrix of the blocks", t, LINEARS) for t in trained],
+            },
             "packing": {"across": across},
             "data": dict(origin or {}),
         }
@@ -270,7 +275,11 @@ class SftRun(PretrainingRun):
                 f"{checkpoint.path} holds another model than when this run was started. Restore "
                 f"it, or start a new run."
             )
-        return llama_from(checkpoint, dtype=torch.float32)
+        model = llama_from(checkpoint, dtype=torch.float32)
+        if trained := settings["base"]["trained"]:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.split(".")[-2] in trained)
+        return model
 
     @staticmethod
     def _write(path: Path, rows: np.ndarray, tokenizer: Tokenizer, seq_len: int) -> dict[str, int]:
