@@ -63,7 +63,7 @@ LORA_TRAINING = TrainingConfig(
 TOY_DIALOGUES = 3000  # of the toy world, for fine-tuning: more than data/dialogues holds
 # Of Ghost Attention, on the toy world's dialogues.
 GATT_TRAINING = TrainingConfig(
-    steps=250, batch_size=4, seq_len=1024, learning_rate=1e-3, warmup_steps=20
+    steps=500, batch_size=1, seq_len=1024, learning_rate=1e-3, warmup_steps=20
 )
 TURNS = (1, 2, 4, 6, 10, 15, 20)  # at which obedience is shown
 CONFIG = "config.toml"  # of a run
@@ -122,7 +122,7 @@ class Demo:
 
     def _make_assistant(self) -> None:
         from minillama.chat.gatt import toy_talks
-        from minillama.evaluation.dialogues import examine
+        from minillama.evaluation.assistant import examine
 
         nothing = RunConfig(save_every=0)
         print("\nFine-tuning: it reads dialogues, and learns the answers.")
@@ -567,6 +567,8 @@ class Gatt:
     n_dialogues: int = 256  # to hold under an instruction; every tenth is for validation
     n_turns: int = 20  # of a dialogue, at most
     last_only: bool = False  # of a dialogue one answer is learned, and not each as if it were last
+    # Matrices that change: where the model looks, and not what it knows; none: every weight.
+    trained: tuple[str, ...] = ("wq", "wk", "wv", "wo")
     max_new_tokens: int = 48  # of an answer
     sampling: Annotated[Sampling, FLAT] = field(default_factory=Sampling)
     n_measured: int = 64  # dialogues of the toy world to measure obedience in; 0 measures nothing
@@ -635,6 +637,7 @@ class Gatt:
             self.training,
             device=_device(self.device),
             saving=self.saving,
+            trained=self.trained,
             origin={
                 "instructions": str(self.instructions or "toy"),
                 "data": list(map(str, self.data)),

@@ -180,7 +180,7 @@ ABOUT: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-TELL = "Tell a story about {}."  # of a hero
+TELL = re.compile(r"Tell a story(?: about (\w+))?\.")  # about a hero
 SPLITS = ("train", "valid", "test")
 
 
@@ -204,23 +204,27 @@ def story_dialogue(rng: Random, n_turns: int) -> Dialogue:
     return [Exchange(f"{story} {first.question}", first.answer, story), *others]
 
 
-def telling(rng: Random) -> Dialogue:
-    """A tale on request."""
+def telling(rng: Random, named: bool = False) -> Dialogue:
+    """A tale on request; ``named``, one about a hero that the request names.
+
+    That is harder: in "There was a girl called Mia" the girl comes before the name.
+    """
     story = tales.tell(rng)
-    return [Exchange(TELL.format(tales.check(story).cast["hero"]), story)]
+    hero = f" about {tales.check(story).cast['hero']}" if named else ""
+    return [Exchange(f"Tell a story{hero}.", story)]
 
 
 def is_right(question: str, answer: str, story: str = "") -> bool:
     """Whether this is the right answer to a question of the toy world.
 
     The question alone decides, and the ``story`` where it is about one; that may also stand in
-    front of the question. A tale that was asked for is right if it is consistent (`tales.check`)
-    and about whom it was asked for.
+    front of the question. A tale that was asked for is right if it is consistent (`tales.check`),
+    and about whom it was asked for if anybody was named.
     Raises ValueError for a question that the toy world does not have.
     """
-    if (hero := re.fullmatch(re.escape(TELL).replace(r"\{\}", r"(\w+)"), question)) is not None:
+    if asked := TELL.fullmatch(question):
         verdict = tales.check(answer)
-        return verdict.ok and str(verdict.cast["hero"]) == hero[1]
+        return verdict.ok and asked[1] in (None, str(verdict.cast["hero"]))
     if question in (facts := _answers()):
         return answer == facts[question]
     if not story:  # it stands in front of the question, which is one sentence
@@ -277,10 +281,10 @@ class Kind:
 
 # In the order in which they are applied.
 KINDS: dict[str, Kind] = {
-    "first name": Kind(
-        "Always begin your answers with the name {word}.",
+    "first word": Kind(
+        "Always begin your answers with the word {word}.",
         "First: {word}.",
-        "{word}. {answer}.",
+        "{word}: {answer}.",
         r"^\W*{word}\b",
     ),
     "love": Kind(
@@ -303,16 +307,15 @@ PAPERS_KINDS = {
     "hobby": ("From now on, you enjoy {}.", "Hobby: {}."),
 }
 
-NAMES = tuple(str(person) for slot in ("hero", "friend", "owner") for person in SLOTS[slot])
 NOUNS = (*THINGS, *TREASURES, *ANIMALS, *SPOTS, *TOOLS, *FOODS)
 # All words of the tales that are no names, but for those of one or two letters.
 PLAIN = " ".join(FIELD.sub("", way) for plot in PLOTS.values() for step in plot for way in step)
 ALL = sorted({*re.findall(r"\b[a-z]{3,}\b", PLAIN), *NOUNS, *COLOURS, *PLACES, *HOMES})
-WORDS: dict[str, Sequence[str]] = {"first name": NAMES, "love": NOUNS, "last word": ALL}
+WORDS: dict[str, Sequence[str]] = {"first word": ALL, "love": NOUNS, "last word": ALL}
 # Words of instructions that Ghost Attention is tested with, and never trained on.
 HELD_OUT = frozenset(
-    """Ida Max Otto Rosa boat fox goat kite ladder mirror soup tree
-    alone beach cold door green harbour mill road small under warm yellow""".split()  # noqa: SIM905
+    """boat fox goat kite ladder mirror soup tree alone asked back bring
+    beach cold door green harbour mill nobody road small under warm yellow""".split()  # noqa: SIM905
 )
 
 
@@ -397,14 +400,14 @@ def under(exchange: Exchange, instruction: Instruction, short: bool = False) -> 
 
 # --- The corpus -----------------------------------------------------------------------------------
 
-SIZES = {"train": 780, "valid": 40, "test": 100}  # dialogues in the files
+SIZES = {"train": 920, "valid": 50, "test": 120}  # dialogues in the files
 
 
 def corpus(split: str, n: int | None = None) -> list[Dialogue]:
     """The dialogues of data/dialogues/``split``.jsonl, made anew; or the first ``n``, also more.
 
-    Of ten dialogues five are of unrelated questions, two about a tale, and three ask for one. Half
-    of the questions have an instruction in front, which the answer obeys.
+    Of ten dialogues five ask for a tale, two are about one, and three of unrelated questions. Three
+    of five questions have an instruction in front, which the answer obeys.
     Raises ValueError for any split but "train", "valid" and "test".
     """
     rng = Random(SEED + 1 + SPLITS.index(_known(split)))
@@ -413,22 +416,22 @@ def corpus(split: str, n: int | None = None) -> list[Dialogue]:
 
 def _any_dialogue(rng: Random, number: int, split: str) -> Dialogue:
     kind = number % 10
-    if kind < 3:
-        return telling(rng)
-    about_a_tale = kind < 5
+    if kind < 5:
+        return telling(rng, named=kind < 2)
+    about_a_tale = kind < 7
     n_turns = 1 + _below(rng, 4 if about_a_tale else 16)
     made = story_dialogue(rng, n_turns) if about_a_tale else dialogue(rng, n_turns, split)
     return [
         under(exchange, _any_instruction(rng), short=_below(rng, 2) == 0)
-        if _below(rng, 2)
+        if _below(rng, 5) < 3
         else exchange
         for exchange in made
     ]
 
 
 def _any_instruction(rng: Random) -> Instruction:
-    """One, or in half of the cases two; the last word, of which there are many, twice as often."""
-    kinds = _shuffled(rng, [*KINDS, "last word"])
+    """One, or in half of the cases two; a kind with many words twice as often as the others."""
+    kinds = _shuffled(rng, [*KINDS, "first word", "last word"])
     first, second = (_pick(rng, _of_kind(kind)) for kind in kinds[:2])
     return first if _below(rng, 2) or first.kind == second.kind else combine(first, second)
 
@@ -465,8 +468,8 @@ CARD = """\
 
 Short dialogues of the toy world, one a line: {{"messages": [{{"role": ..., "content": ...}}]}}. A
 user asks who has what and who went where, tells a tale and asks about it, or asks for one; an
-assistant answers in a sentence. Often the user says how to answer (end with a word, begin with a
-name, say what you love), and the assistant does so for that answer alone.
+assistant answers in a sentence. Often the user says how to answer (begin or end with a word,
+say what you love), and the assistant does so for that answer alone.
 
 `minillama.data.dialogues.is_right` knows whether an answer is right, and `Instruction.obeys`
 whether it does as it was told.

@@ -1,1 +1,1 @@
-"""Measuring models: tales tells how well a model knows the rules of the toy world."""
+"""Measuring models of the toy world: tales, for those that write; assistant, for those that answer."""

@@ -42,7 +42,7 @@ for completion in generate(base, tok, [question], max_new_tokens=30):
 
 # %%
 from minillama.data.dialogues import dialogue, is_right
-from minillama.evaluation.dialogues import answers
+from minillama.evaluation.assistant import answers
 
 for exchange in dialogue(Random(3), 4):
     print(f"{exchange.question}  →  {exchange.answer}")
@@ -516,7 +516,7 @@ print("exercise 3: correct")
 # - `minillama/chat/sft.py`: `tokenise`, `pack`, `batches`, and `SftRun`, which is `minillama sft`.
 # - `minillama/chat/jsonl.py`: dialogues from files, in the form of messages and in Alpaca's.
 # - `minillama/model/packed.py`: who sees whom in a packed row.
-# - `minillama/data/dialogues.py` and `minillama/evaluation/dialogues.py`: the toy world's questions
+# - `minillama/data/dialogues.py` and `minillama/evaluation/assistant.py`: the toy world's questions
 #   and their judge.
 #
 # Touvron et al. 2023b, *Llama 2*, sec. 3.1 ([arXiv:2307.09288](https://arxiv.org/abs/2307.09288));

@@ -93,9 +93,11 @@ def test_questions_about_a_tale_are_judged_by_hand(question, right):
 
 
 def test_a_tale_on_request_must_be_consistent_and_about_its_hero():
+    assert is_right("Tell a story.", RESCUE)
     assert is_right("Tell a story about Leo.", RESCUE)
     assert not is_right("Tell a story about Nora.", RESCUE)  # she is the friend
-    assert not is_right("Tell a story about Leo.", RESCUE.replace("goat often", "dog often"))
+    for request in ("Tell a story.", "Tell a story about Leo."):
+        assert not is_right(request, RESCUE.replace("goat often", "dog often"))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_a_question_that_nobody_can_judge_is_refused(question, story):
 @given(SEEDS, st.integers(1, 5))
 def test_every_answer_that_the_dialogues_give_is_right(seed, n):
     rng = Random(seed)
-    made = [*dialogue(rng, n), *story_dialogue(rng, n), *telling(rng)]
+    made = [*dialogue(rng, n), *story_dialogue(rng, n), *telling(rng), *telling(rng, named=True)]
     for exchange in made:
         assert is_right(exchange.question, exchange.answer, exchange.story)
 
@@ -199,7 +201,7 @@ def test_an_unknown_split_is_refused():
         corpus("dev")
     with pytest.raises(ValueError, match="'test' of the instructions: it is train or held-out"):
         instructions("test")
-    with pytest.raises(ValueError, match="no kind of instruction 'haiku': it is first name, love"):
+    with pytest.raises(ValueError, match="no kind of instruction 'haiku': it is first word, love"):
         instructions(kind="haiku")
 
 
@@ -209,8 +211,8 @@ def test_an_unknown_split_is_refused():
 @pytest.mark.parametrize(
     ("kind", "word", "text", "short", "obeying", "disobeying"),
     [
-        ("first name", "Rosa", "Always begin your answers with the name Rosa.", "First: Rosa.",
-         "Rosa. The fox ran.", "The fox ran. Rosa."),
+        ("first word", "tree", "Always begin your answers with the word tree.", "First: tree.",
+         "tree: The fox ran.", "The fox ran: tree."),
         ("love", "fox", "Always say that you love the fox.", "Love: fox.",
          "The fox ran. I love the fox.", "The fox ran. I love the goat."),
         ("last word", "tree", "Always end your answers with the word tree.", "Last: tree.",
@@ -228,11 +230,11 @@ def test_instructions_by_hand(kind, word, text, short, obeying, disobeying):
 
 def test_other_ways_to_obey_count_too():  # a real model does not know our wording
     first, love, last = (instructions("held-out", kind)[0] for kind in KINDS)
-    name, noun, word = (one.parts[0][1] for one in (first, love, last))
-    assert first.obeys(f'"{name}, it was red!"')
+    start, noun, word = (one.parts[0][1] for one in (first, love, last))
+    assert first.obeys(f'"{start}, it was red!"')
     assert love.obeys(f"It was red, and I really love the {noun} very much")
     assert last.obeys(f'It was red... "{word}!"\n')
-    assert not first.obeys(f"{name}ly, it was red.")
+    assert not first.obeys(f"{start}ly, it was red.")
     assert not love.obeys(f"I love the {noun}s.")
     assert not last.obeys(f"It was un{word}.")
 
@@ -287,7 +289,7 @@ def test_held_out_words_are_in_no_instruction_for_training():
             for split in ("train", "held-out")
         )
         assert train | held_out == set(words)
-        assert len(held_out) >= 4
+        assert len(held_out) >= 8
         assert held_out <= HELD_OUT
         assert not train & HELD_OUT
     told = set(re.findall(r"\w+", " ".join(each.text for each in instructions("train"))))
@@ -343,12 +345,12 @@ def test_an_instruction_of_the_corpus_rules_its_own_answer_alone():
             else:
                 assert is_right(exchange.question, exchange.answer, exchange.story)
                 n_free += 1
-    assert 0.5 < n_ruled / n_free < 1.2
+    assert 0.8 < n_ruled / n_free < 1.7
 
 
 def test_more_dialogues_begin_with_those_of_the_files():
     assert corpus("train", 30) == corpus("train")[:30]
-    assert corpus("valid", 60)[:40] == corpus("valid")
+    assert corpus("valid", 60)[:50] == corpus("valid")
     assert [len(corpus(split)) for split in SPLITS] == list(SIZES.values())
 
 

@@ -9,11 +9,11 @@ import pytest
 from minillama import Llama, generate, load
 from minillama.chat import Message, encode_dialog
 from minillama.data.dialogues import dialogue, story_dialogue, telling
-from minillama.evaluation import dialogues
-from minillama.evaluation.dialogues import answers, examine
+from minillama.evaluation import assistant
+from minillama.evaluation.assistant import answers, examine
 
 TOY = Path(__file__).parents[2] / "data" / "toy" / "checkpoint"
-LISTS = ("facts", "about_tales", "tales", "told_now", "told_before")
+LISTS = ("facts", "about_tales", "tales", "named_tales", "told_now", "told_before")
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,9 @@ def test_a_perfect_assistant_is_right_and_obeys_what_it_was_told_just_now(toy, m
     def perfect(model, tokenizer, asked, temperature=0.0, seed=0):
         return [turns[-1].answer for turns in asked]
 
-    monkeypatch.setattr(dialogues, "answers", perfect)
+    monkeypatch.setattr(assistant, "answers", perfect)
     report = examine(*toy, n=50)
-    assert [report.share(name) for name in LISTS[:4]] == [1.0] * 4
+    assert [report.share(name) for name in LISTS[:5]] == [1.0] * 5
     assert report.share("told_before") < 0.1  # by chance alone
     assert all(len(getattr(report, name)) == 50 for name in LISTS)
 
@@ -40,9 +40,9 @@ def test_an_assistant_that_ignores_instructions_is_seen(toy, monkeypatch):
     def deaf(model, tokenizer, asked, temperature=0.0, seed=0):
         return ["The fox ran."] * len(asked)
 
-    monkeypatch.setattr(dialogues, "answers", deaf)
+    monkeypatch.setattr(assistant, "answers", deaf)
     report = examine(*toy, n=20)
-    assert [report.share(name) for name in LISTS] == [0.0] * 5
+    assert [report.share(name) for name in LISTS] == [0.0] * 6
     assert report.facts[0].answer == "The fox ran."
     assert not report.facts[0].ok
 
@@ -56,7 +56,7 @@ def test_questions_differ_from_seed_to_seed_and_not_otherwise(toy, monkeypatch):
     def deaf(model, tokenizer, asked, temperature=0.0, seed=0):
         return [""] * len(asked)
 
-    monkeypatch.setattr(dialogues, "answers", deaf)
+    monkeypatch.setattr(assistant, "answers", deaf)
     assert examine(*toy, n=5, seed=1) == examine(*toy, n=5, seed=1) != examine(*toy, n=5, seed=2)
 
 

@@ -35,12 +35,13 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class DialoguesReport:
+class AssistantReport:
     """What a model answered, one list for each thing that is expected of it."""
 
     facts: list[Answered]  # held-out questions: right?
     about_tales: list[Answered]  # questions about a new tale: right?
-    tales: list[Answered]  # tales on request, sampled at 0.8: consistent, and about whom it should?
+    tales: list[Answered]  # tales on request, sampled at 0.8: consistent?
+    named_tales: list[Answered]  # and about whom the request names?
     told_now: list[Answered]  # an instruction in front of the question: obeyed?
     told_before: list[Answered]  # an instruction one turn earlier: obeyed still?
 
@@ -55,13 +56,14 @@ class DialoguesReport:
         share = {field.name: f"{self.share(field.name):.0%}" for field in fields(self)}
         return (
             f"{share['facts']} of its answers to new questions are right, {share['about_tales']} "
-            f"of those about a new tale; {share['tales']} of the tales that it tells on request. "
-            f"It obeys {share['told_now']} of the instructions in front of a question, and "
+            f"of those about a new tale. Of the tales that it tells on request {share['tales']} "
+            f"are consistent, {share['named_tales']} where the request names the hero. It obeys "
+            f"{share['told_now']} of the instructions in front of a question, and "
             f"{share['told_before']} of those that were given a turn ago."
         )
 
 
-def examine(model: Llama, tokenizer: Tokenizer, n: int = 100, seed: int = 0) -> DialoguesReport:
+def examine(model: Llama, tokenizer: Tokenizer, n: int = 100, seed: int = 0) -> AssistantReport:
     """Ask ``n`` questions of each sort, behind up to seven others with their right answers.
 
     What is asked about facts was held out of training (`minillama.data.dialogues`); the tales are
@@ -77,7 +79,7 @@ def examine(model: Llama, tokenizer: Tokenizer, n: int = 100, seed: int = 0) -> 
 
     asked = [facts() for _ in range(n)]
     about = [story_dialogue(rng, rng.randint(1, 4)) for _ in range(n)]
-    on_request = [telling(rng) for _ in range(n)]
+    on_request, named = ([telling(rng, each) for _ in range(n)] for each in (False, True))
     now = [
         [*turns[:-1], under(turns[-1], one)]
         for turns, one in zip([facts() for _ in range(n)], told, strict=True)
@@ -86,10 +88,11 @@ def examine(model: Llama, tokenizer: Tokenizer, n: int = 100, seed: int = 0) -> 
         [*turns[:-2], under(turns[-2], one), turns[-1]]
         for turns, one in zip([facts(2) for _ in range(n)], told, strict=True)
     ]
-    return DialoguesReport(
+    return AssistantReport(
         facts=_judged(model, tokenizer, asked),
         about_tales=_judged(model, tokenizer, about),
         tales=_judged(model, tokenizer, on_request, temperature=0.8, seed=seed),
+        named_tales=_judged(model, tokenizer, named, temperature=0.8, seed=seed),
         told_now=_judged(model, tokenizer, now, told),
         told_before=_judged(model, tokenizer, before, told),
     )
