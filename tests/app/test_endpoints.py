@@ -183,8 +183,10 @@ def test_a_stream_that_breaks_off_says_so(tmp_path):
 
 def test_a_server_that_says_nothing(tmp_path):
     async def nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
+        try:
+            await reader.read()
+        finally:
+            writer.close()
 
     async def ask() -> httpx2.Response:
         async with await asyncio.start_server(nothing, "127.0.0.1", 0) as server:

@@ -429,6 +429,7 @@ def test_a_body_that_does_not_come(tmp_path):
         writer.write(b"Content-Length: 10\r\n\r\n{")
         answer = await reader.readuntil(b"}}")
         writer.close()
+        await writer.wait_closed()
         return answer
 
     with live(tmp_path, limits=Limits(body_seconds=1)) as url:
