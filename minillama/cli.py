@@ -564,7 +564,7 @@ class Gatt:
     data: tuple[Path, ...] = ()  # JSON-lines files as for `minillama sft`: users' questions
     out: Path = Path("runs/gatt")  # a new folder
     resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
-    n_dialogues: int = 256  # to hold under an instruction; every tenth is for validation
+    n_dialogues: int = 512  # to hold under an instruction; every tenth is for validation
     n_turns: int = 20  # of a dialogue, at most
     last_only: bool = False  # of a dialogue one answer is learned, and not each as if it were last
     # Matrices that change: where the model looks, and not what it knows; none: every weight.

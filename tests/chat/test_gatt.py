@@ -401,6 +401,18 @@ def test_the_command_learns_what_the_model_said(tmp_path, base, files, tok, caps
     assert load(out / "checkpoint")[0].config.max_seq_len == 256
 
 
+def test_the_matrices_of_attention_change_and_nothing_else(tmp_path, base, files):
+    def changed(out: Path) -> set[str]:
+        new, old = load(out / "checkpoint")[0].state_dict(), load(base)[0].state_dict()
+        return {name.split(".")[-2] for name in old if not torch.equal(new[name], old[name])}
+
+    for name, more in (("some", []), ("one", ["--trained", "wk"]), ("all", ["--trained"])):
+        main(["gatt", str(base), *files, "--out", str(tmp_path / name), *FLAGS, *more])
+    assert changed(tmp_path / "some") == {"wq", "wk", "wv", "wo"}
+    assert changed(tmp_path / "one") == {"wk"}
+    assert {"w1", "output", "norm", "wq"} < changed(tmp_path / "all")
+
+
 def test_the_command_resumes_to_the_same_bytes(tmp_path, base, files, capsys):
     out = tmp_path / "run"
     main(["gatt", str(base), *files, "--out", str(out), *FLAGS, "--save-every", "2"])
@@ -423,7 +435,8 @@ def test_obedience_is_shown_before_and_after(tmp_path, base, tok, monkeypatch, c
     def as_told(model, tokenizer, n, n_turns=20, split="train", every_turn=True, seed=0):
         if every_turn:
             return [talk_of("a boat", "a boat")] * n
-        was_trained = not torch.equal(model.norm.weight, load(base)[0].norm.weight)
+        weight = "layers.0.attention.wq.weight"
+        was_trained = not torch.equal(model.state_dict()[weight], load(base)[0].state_dict()[weight])
         return [talk_of(*["a boat"] * (20 if was_trained else 1), *["no"] * 19)] * n
 
     monkeypatch.setattr("minillama.chat.gatt.toy_talks", as_told)
@@ -446,6 +459,7 @@ def test_obedience_is_shown_before_and_after(tmp_path, base, tok, monkeypatch, c
         ),
         (["BASE", "FILES", "--max-new-tokens", "2"], "answers 0 obeyed, in 0 dialogues"),
         (["nowhere"], "There is no nowhere"),
+        (["BASE", "FILES", "--trained", "wx"], "no matrix of the blocks 'wx'"),
     ],
 )
 def test_a_mistake_is_one_text_and_leaves_nothing(
