@@ -22,7 +22,8 @@ class CompiledDecoder(Decoder):
     In float32 a row's logits are those of the plain decoder but for rounding. Weights of 16 bits
     are multiplied and added up in float32.
 
-    On a GPU the step is recorded as a CUDA graph, which always reads the whole cache. Built in notebooks/09_generation.ipynb.
+    On a GPU the step is recorded as a CUDA graph, which always reads the whole cache.
+    Built in notebooks/09_generation.ipynb.
     """
 
     def __init__(self, model: Llama, rows: int, max_len: int) -> None:
