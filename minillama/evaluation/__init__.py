@@ -1,1 +1,1 @@
-"""Measuring models of the toy world: tales, for those that write; assistant, for those that answer."""
+"""Measuring models of the toy world: `tales` those that write, `assistant` those that answer."""
