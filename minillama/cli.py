@@ -60,7 +60,7 @@ TOY_TRAINING = TrainingConfig.preset("toy")
 LORA_TRAINING = TrainingConfig(
     steps=200, learning_rate=2e-4, warmup_steps=10, weight_decay=0.0, batch_size=4
 )
-TOY_DIALOGUES = 3000  # of the toy world, for fine-tuning: more than data/dialogues holds
+TOY_DIALOGUES = 5000  # of the toy world, for fine-tuning: more than data/dialogues holds
 # Of Ghost Attention, on the toy world's dialogues.
 GATT_TRAINING = TrainingConfig(
     steps=500, batch_size=1, seq_len=1024, learning_rate=1e-3, warmup_steps=20

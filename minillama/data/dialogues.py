@@ -281,10 +281,10 @@ class Kind:
 
 # In the order in which they are applied.
 KINDS: dict[str, Kind] = {
-    "first word": Kind(
-        "Always begin your answers with the word {word}.",
+    "first name": Kind(
+        "Always begin your answers with the name {word}.",
         "First: {word}.",
-        "{word}: {answer}.",
+        "{word}. {answer}.",
         r"^\W*{word}\b",
     ),
     "love": Kind(
@@ -307,15 +307,16 @@ PAPERS_KINDS = {
     "hobby": ("From now on, you enjoy {}.", "Hobby: {}."),
 }
 
+NAMES = tuple(str(person) for slot in ("hero", "friend", "owner") for person in SLOTS[slot])
 NOUNS = (*THINGS, *TREASURES, *ANIMALS, *SPOTS, *TOOLS, *FOODS)
 # All words of the tales that are no names, but for those of one or two letters.
 PLAIN = " ".join(FIELD.sub("", way) for plot in PLOTS.values() for step in plot for way in step)
-ALL = sorted({*re.findall(r"\b[a-z]{3,}\b", PLAIN), *NOUNS, *COLOURS, *PLACES, *HOMES})
-WORDS: dict[str, Sequence[str]] = {"first word": ALL, "love": NOUNS, "last word": ALL}
+ALL = sorted({*re.findall(r"\b[a-z]{3,}\b", PLAIN), *NOUNS, *PLACES, *HOMES, *COLOURS})
+WORDS: dict[str, Sequence[str]] = {"first name": NAMES, "love": NOUNS, "last word": ALL}
 # Words of instructions that Ghost Attention is tested with, and never trained on.
 HELD_OUT = frozenset(
-    """boat fox goat kite ladder mirror soup tree alone asked back bring
-    beach cold door green harbour mill nobody road small under warm yellow""".split()  # noqa: SIM905
+    """Ida Max Otto Rosa boat fox goat kite ladder mirror soup tree
+    alone beach cold door green harbour mill road small under warm yellow""".split()  # noqa: SIM905
 )
 
 
@@ -400,13 +401,13 @@ def under(exchange: Exchange, instruction: Instruction, short: bool = False) -> 
 
 # --- The corpus -----------------------------------------------------------------------------------
 
-SIZES = {"train": 920, "valid": 50, "test": 120}  # dialogues in the files
+SIZES = {"train": 800, "valid": 50, "test": 100}  # dialogues in the files
 
 
 def corpus(split: str, n: int | None = None) -> list[Dialogue]:
     """The dialogues of data/dialogues/``split``.jsonl, made anew; or the first ``n``, also more.
 
-    Of ten dialogues five ask for a tale, two are about one, and three of unrelated questions. Three
+    Of ten dialogues four ask for a tale, two are about one, and four of unrelated questions. Three
     of five questions have an instruction in front, which the answer obeys.
     Raises ValueError for any split but "train", "valid" and "test".
     """
@@ -416,9 +417,9 @@ def corpus(split: str, n: int | None = None) -> list[Dialogue]:
 
 def _any_dialogue(rng: Random, number: int, split: str) -> Dialogue:
     kind = number % 10
-    if kind < 5:
-        return telling(rng, named=kind < 2)
-    about_a_tale = kind < 7
+    if kind < 4:
+        return telling(rng, named=kind == 0)
+    about_a_tale = kind < 6
     n_turns = 1 + _below(rng, 4 if about_a_tale else 16)
     made = story_dialogue(rng, n_turns) if about_a_tale else dialogue(rng, n_turns, split)
     return [
@@ -430,8 +431,8 @@ def _any_dialogue(rng: Random, number: int, split: str) -> Dialogue:
 
 
 def _any_instruction(rng: Random) -> Instruction:
-    """One, or in half of the cases two; a kind with many words twice as often as the others."""
-    kinds = _shuffled(rng, [*KINDS, "first word", "last word"])
+    """One, or in half of the cases two; the last word, of which there are many, twice as often."""
+    kinds = _shuffled(rng, [*KINDS, "last word"])
     first, second = (_pick(rng, _of_kind(kind)) for kind in kinds[:2])
     return first if _below(rng, 2) or first.kind == second.kind else combine(first, second)
 
@@ -468,8 +469,8 @@ CARD = """\
 
 Short dialogues of the toy world, one a line: {{"messages": [{{"role": ..., "content": ...}}]}}. A
 user asks who has what and who went where, tells a tale and asks about it, or asks for one; an
-assistant answers in a sentence. Often the user says how to answer (begin or end with a word,
-say what you love), and the assistant does so for that answer alone.
+assistant answers in a sentence. Often the user says how to answer (end with a word, begin with a
+name, say what you love), and the assistant does so for that answer alone.
 
 `minillama.data.dialogues.is_right` knows whether an answer is right, and `Instruction.obeys`
 whether it does as it was told.

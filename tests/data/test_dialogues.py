@@ -201,7 +201,7 @@ def test_an_unknown_split_is_refused():
         corpus("dev")
     with pytest.raises(ValueError, match="'test' of the instructions: it is train or held-out"):
         instructions("test")
-    with pytest.raises(ValueError, match="no kind of instruction 'haiku': it is first word, love"):
+    with pytest.raises(ValueError, match="no kind of instruction 'haiku': it is first name, love"):
         instructions(kind="haiku")
 
 
@@ -211,8 +211,8 @@ def test_an_unknown_split_is_refused():
 @pytest.mark.parametrize(
     ("kind", "word", "text", "short", "obeying", "disobeying"),
     [
-        ("first word", "tree", "Always begin your answers with the word tree.", "First: tree.",
-         "tree: The fox ran.", "The fox ran: tree."),
+        ("first name", "Rosa", "Always begin your answers with the name Rosa.", "First: Rosa.",
+         "Rosa. The fox ran.", "The fox ran. Rosa."),
         ("love", "fox", "Always say that you love the fox.", "Love: fox.",
          "The fox ran. I love the fox.", "The fox ran. I love the goat."),
         ("last word", "tree", "Always end your answers with the word tree.", "Last: tree.",
@@ -289,7 +289,7 @@ def test_held_out_words_are_in_no_instruction_for_training():
             for split in ("train", "held-out")
         )
         assert train | held_out == set(words)
-        assert len(held_out) >= 8
+        assert len(held_out) >= 4
         assert held_out <= HELD_OUT
         assert not train & HELD_OUT
     told = set(re.findall(r"\w+", " ".join(each.text for each in instructions("train"))))
@@ -345,7 +345,7 @@ def test_an_instruction_of_the_corpus_rules_its_own_answer_alone():
             else:
                 assert is_right(exchange.question, exchange.answer, exchange.story)
                 n_free += 1
-    assert 0.8 < n_ruled / n_free < 1.7
+    assert 0.6 < n_ruled / n_free < 1.7
 
 
 def test_more_dialogues_begin_with_those_of_the_files():
