@@ -132,6 +132,7 @@ class Demo:
             data=("toy",),
             out=self.out / "sft",
             preset="toy",
+            epochs=1.25,  # two make better tales, and take longer than a demo should
             training=training,
             saving=nothing,
         )

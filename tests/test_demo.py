@@ -12,6 +12,7 @@ import pytest
 from minillama import load
 from minillama.checkpoint.native import FILES
 from minillama.data import tales
+from minillama.evaluation.assistant import examine
 from minillama.evaluation.tales import write_tales
 
 TOY = Path(__file__).parents[1] / "data" / "toy"
@@ -32,6 +33,17 @@ def test_the_toy_that_ships_is_small_and_writes_consistent_stories():
     report = write_tales(*load(TOY / "checkpoint"), tales.corpus("train"), n=30, seed=1000)
     assert report.n_consistent >= 24  # fewer stories, so a wider margin than for a hundred
     assert report.n_copied == 0
+
+
+@pytest.mark.slow
+def test_the_assistant_that_ships_answers_obeys_and_forgets():
+    assert sum(path.stat().st_size for path in (TOY / "chat").iterdir()) < 2_000_000
+    report = examine(*load(TOY / "chat"), n=60, seed=1000)
+    assert report.share("facts") >= 0.9
+    assert report.share("about_tales") >= 0.85
+    assert report.share("tales") >= 0.8
+    assert report.share("told_now") >= 0.9
+    assert report.share("told_before") <= 0.1  # which Ghost Attention is there to change
 
 
 @pytest.mark.slow
@@ -65,7 +77,7 @@ def test_the_demo_ends_with_an_assistant_that_answers_and_keeps_its_instruction(
     facts, about, tales_told, _, told_now, told_before = map(int, re.findall(r"(\d+)%", summary))
     assert facts >= 90
     assert about >= 80
-    assert tales_told >= consistent - 10
+    assert tales_told >= 70
     assert told_now >= 90
     assert told_before <= 10
     before, after = (
