@@ -164,9 +164,10 @@ def test_markers_that_the_model_writes_itself_do_not_end_the_dialogue(tok, monke
 def test_a_dialogue_ends_where_its_next_turn_would_not_fit(tok):
     long = ["Ada had a kite, and Ben had a lamp. Who had what, and where did Ida put the drum?"] * 9
     short = ["Ada?"] * 6
-    talks = hold(MODEL, tok, [long, short], [BOAT, BOAT], max_new_tokens=9)
+    hot = Sampling(temperature=2.0)
+    talks = hold(MODEL, tok, [long, short], [BOAT, BOAT], True, 9, hot, seed=5)
     assert [len(talk.finished) for talk in talks] == [4, 6]
-    (alone,) = hold(MODEL, tok, [short], [BOAT], max_new_tokens=9)
+    (alone,) = hold(MODEL, tok, [short], [BOAT], True, 9, hot, seed=6)
     assert alone.messages == talks[1].messages  # whose row it took over
     asked = instructed([*talks[0].messages, Message("user", long[0])], BOAT.text, every_turn=True)
     assert len(encode_dialog(asked, tok).ids) > 512 - 9 >= len(encode_dialog(asked[:-2], tok).ids)
