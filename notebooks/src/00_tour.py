@@ -379,6 +379,30 @@ for temperature in (0.0, 0.8, 2.0):
     show(f"{temperature}: One morning{completion.text}")
 
 # %% [markdown]
+# ## A model that answers
+#
+# All this goes on with a text. An assistant is the same model, trained a little longer on dialogues
+# in which marks say who speaks: you have some minutes more, and `data/toy/chat` is what they make.
+# It reads the whole dialogue each time, and writes the next answer.
+
+# %%
+from minillama.chat import Conversation
+from minillama.config import Sampling
+
+assistant, assistant_tok = load("../data/toy/chat")
+talk = Conversation(assistant, assistant_tok, sampling=Sampling(temperature=0.0))
+for question in (
+    "Hello, I am Mia.",
+    "Emil had a drum, and Ida had a kite. Who had the kite?",
+    "What can we eat, the soup or the boat?",
+):
+    print(">", question)
+    show("".join(talk.ask(question)))
+assert "Mia" in talk.messages[1].content
+assert "Ida" in talk.messages[3].content
+assert "soup" in talk.messages[5].content
+
+# %% [markdown]
 # ## Exercises
 #
 # **1. Write by counting.** Let the counting model write: start with a word, draw the next one in
@@ -473,6 +497,8 @@ print("exercise 3: correct")
 # | [7 · data](07_data.ipynb) | clean text out of a dirty web | `data/` | LLaMA, 2.1 |
 # | [8 · pretraining](08_pretraining.ipynb) | a run that survives | `training/` | LLaMA, 2.3 |
 # | [9 · generation](09_generation.ipynb) | from probabilities to text | `generation/` | |
+# | [10 · fine-tuning](10_sft.ipynb) | from texts to answers | `chat/sft.py` | Llama 2, 3.1 |
+# | [11 · Ghost Attention](11_gatt.ipynb) | what was said once, holds | `chat/gatt.py` | Llama 2, 3.3 |
 # | [16 · real weights](16_real_weights.ipynb) | any box, opened | `checkpoint/` | Llama 2, 5.3 |
 # | [17 · quantization](17_quantization.ipynb) | weights of few bits | `adapt/quantize.py` | |
 # | [18 · LoRA](18_lora.ipynb) | small changes of large matrices | `adapt/lora.py` | |
@@ -482,12 +508,11 @@ print("exercise 3: correct")
 #
 # | notebook | about | paper |
 # |---|---|---|
-# | 10 to 13 | chat: dialogues, Ghost Attention, a reward model, RLHF | Llama 2, 3 |
+# | 12, 13 | a reward model, RLHF | Llama 2, 3.2 |
 # | 14, 15 | evaluation; bias and safety | LLaMA, 3 and 5; Llama 2, 4 |
 # | 20 to 22 | Code Llama, Japanese, energy | LLaMA, 6 |
 #
-# So a model that *answers* isn't part of this tour yet. What you have trained continues texts;
-# notebooks 10 to 13 will turn such a model into one that talks.
+# `data/toy/chat`, which answered above, comes from notebook 10.
 
 # %% [markdown]
 # ## Where it lives
