@@ -63,7 +63,7 @@ LORA_TRAINING = TrainingConfig(
 TOY_DIALOGUES = 5000  # of the toy world, for fine-tuning: more than data/dialogues holds
 # Of Ghost Attention, on the toy world's dialogues.
 GATT_TRAINING = TrainingConfig(
-    steps=500, batch_size=1, seq_len=1024, learning_rate=1e-3, warmup_steps=20
+    steps=500, batch_size=1, seq_len=1152, learning_rate=1e-3, warmup_steps=20
 )
 TURNS = (1, 2, 4, 6, 10, 15, 20)  # at which obedience is shown
 CONFIG = "config.toml"  # of a run
@@ -566,8 +566,9 @@ class Gatt:
     out: Path = Path("runs/gatt")  # a new folder
     resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
     n_dialogues: int = 512  # to hold under an instruction; every tenth is for validation
-    n_turns: int = 20  # of a dialogue, at most
+    n_turns: int = 23  # of a dialogue, at most: a few more than it is to hold
     last_only: bool = False  # of a dialogue one answer is learned, and not each as if it were last
+    own: float = 1.0  # of the earlier answers, up to this share are the data's and not the model's
     # Matrices that change: where the model looks, and not what it knows; none: every weight.
     trained: tuple[str, ...] = ("wq", "wk", "wv", "wo")
     max_new_tokens: int = 48  # of an answer
@@ -617,8 +618,8 @@ class Gatt:
             )
         print(f"{self.n_dialogues:,} dialogues are held under an instruction.", flush=True)
         tokenizer, talks = self._talks()
-        rng = Random(self.training.seed) if self.last_only else None
-        found = examples(talks, tokenizer, rng, self.chat_format)
+        rng = Random(self.training.seed)
+        found = examples(talks, tokenizer, rng, self.last_only, self.own, self.chat_format)
         obeyed = [good for talk in talks for good in talk.obeyed]
         said = f"Of {len(obeyed):,} answers {sum(obeyed):,} obeyed"
         if len(found) < 2:
@@ -658,10 +659,13 @@ class Gatt:
             return tokenizer, toy_talks(model, tokenizer, self.n_dialogues, self.n_turns, seed=seed)
         chat_format = self.chat_format or recognise(tokenizer)
         dialogues = list(read_dialogues(self.data, chat_format).values())
-        questions = [
-            [message.content for message in dialogue if message.role == "user"][: self.n_turns]
-            for dialogue in islice(cycle(dialogues), self.n_dialogues)
-        ]
+        questions, own = (
+            [
+                [message.content for message in dialogue if message.role == role][: self.n_turns]
+                for dialogue in islice(cycle(dialogues), self.n_dialogues)
+            ]
+            for role in ("user", "assistant")
+        )
         talks = hold(
             model,
             tokenizer,
@@ -671,6 +675,7 @@ class Gatt:
             sampling=self.sampling,
             seed=seed,
             chat_format=chat_format,
+            own=own,
         )
         return tokenizer, talks
 

@@ -4,12 +4,14 @@ An assistant obeys what it was told just now, and forgets what it was told ten t
 Attention has it teach itself. It is told the instruction on every turn, and obeys (`hold`); then it
 learns those answers from dialogues where the instruction stands in the first turn alone (`ghost`).
 
-The loss counts the last answer only. The answers before it were given to other prompts than those
-that are read in training, so that nothing is to be learned from them.
+The loss counts answers that obey. Some of the earlier answers in an example are those that the
+dialogue had before, without any instruction: they carry no loss, and keep the model from copying an
+answer's manner from the answer before, where one mistake would be handed on for ever.
 
 Source: Touvron et al. 2023b, sec. 3.3 (arXiv:2307.09288). Built in notebooks/11_gatt.ipynb.
 """
 
+import copy
 import os
 import reprlib
 from collections.abc import Sequence
@@ -40,6 +42,9 @@ from minillama.model import Llama, apply_rope, rope_angles
 from minillama.model.llama import Block
 from minillama.tokenizer import Tokenizer
 
+TOY_ANSWER = 32  # tokens that an answer of the toy world has at most
+TOY_CONTEXT = 1536  # tokens that 23 of its turns have at most, with an instruction in each
+
 
 @runtime_checkable
 class Instruction(Protocol):
@@ -67,6 +72,11 @@ class Rule:
     text: str
     instructions: tuple[Instruction, ...]
 
+    @property
+    def short(self) -> str:
+        """The same in few words, to remind of it."""
+        return " ".join(instruction.short for instruction in self.instructions)
+
     def obeys(self, answer: str) -> bool:
         """Whether an answer does all that it says."""
         return all(instruction.obeys(answer) for instruction in self.instructions)
@@ -79,6 +89,7 @@ class Talk:
     rule: Rule
     messages: list[Message]  # the user's and the assistant's in turns
     finished: list[bool]  # for each answer: did it come to its end?
+    own: Sequence[str] = ()  # the answers that the dialogue had before, if it had any
 
     @property
     def obeyed(self) -> list[bool]:
@@ -163,17 +174,18 @@ def draw_rules(
 # --- Dialogues under a rule -----------------------------------------------------------------------
 
 
-def instructed(
-    messages: Sequence[Message], instruction: str, every_turn: bool = False
-) -> list[Message]:
-    """The messages with an instruction in front of the user's first one, or of each of them."""
-    first = next((i for i, message in enumerate(messages) if message.role == "user"), -1)
-    return [
-        replace(message, content=f"{instruction} {message.content}")
-        if i == first or (every_turn and message.role == "user")
-        else message
-        for i, message in enumerate(messages)
-    ]
+def instructed(messages: Sequence[Message], instruction: str, reminder: str = "") -> list[Message]:
+    """The messages with an instruction in front of the user's first one.
+
+    In front of the user's later ones stands the reminder, where there is one.
+    """
+    said, told = [], iter([instruction])
+    for message in messages:
+        if message.role == "user":
+            content = f"{next(told, reminder)} {message.content}".removeprefix(" ")
+            message = replace(message, content=content)
+        said.append(message)
+    return said
 
 
 def hold(
@@ -187,17 +199,22 @@ def hold(
     seed: int = 0,
     rows: int = 64,
     chat_format: str | None = None,
+    own: Sequence[Sequence[str]] | None = None,
+    context: int | None = None,
 ) -> list[Talk]:
     """Ask a model the questions of many dialogues, each under its rule; it answers turn by turn.
 
-    With ``every_turn`` the rule stands in front of each question, as it does where training data
-    is made; without, in front of the first, as it does where somebody uses the model. What the
-    model has answered before is part of what it reads.
+    The rule stands in front of the first question. With ``every_turn`` its short form stands in
+    front of each later one, as it does where training data is made; without, the model is on its
+    own, as where somebody uses it. What it has answered before is part of what it reads. ``own``
+    are the answers that the dialogues had before, for `examples`.
 
     `rows` dialogues are computed at a time, and each token is read once. `max_new_tokens` limits an
     answer; one that met its limit is not `finished`. A dialogue ends where its next turn would not
     fit into the model's context. It draws with a seed of its own, which follows from `seed` and its
     place. `chat_format` None takes the one that the vocabulary speaks for.
+    `context` is in tokens; None is the model's own. More is possible, as RoPE has angles for every
+    position; the training data, without the reminders, is shorter.
     Raises ValueError where not even a first turn fits, and what `encode_dialog` raises.
     """
     if len(questions) != len(rules):
@@ -205,6 +222,9 @@ def hold(
             f"There are {len(questions)} dialogues and {len(rules)} rules: give one for each."
         )
     chat_format = chat_format or recognise(tokenizer)
+    if context is not None:
+        model = copy.copy(model)  # in the same memory
+        model.config = replace(model.config, max_seq_len=context)
     room = model.config.max_seq_len - max_new_tokens
 
     def prompt(i: int) -> list[int]:
@@ -213,7 +233,7 @@ def hold(
         if turn == len(questions[i]):
             return []
         messages = [*talk.messages, Message("user", questions[i][turn])]
-        said = instructed(messages, talk.rule.text, every_turn)
+        said = instructed(messages, talk.rule.text, talk.rule.short if every_turn else "")
         ids = encode_dialog(said, tokenizer, chat_format).ids
         if len(ids) > room and turn == 0:
             raise ValueError(
@@ -223,7 +243,7 @@ def hold(
             )
         return ids if len(ids) <= room else []
 
-    talks = [Talk(rule, [], []) for rule in rules]
+    talks = [Talk(rule, [], [], own[i] if own else ()) for i, rule in enumerate(rules)]
     for start in range(0, len(talks), rows):
         talking = list(range(start, min(start + rows, len(talks))))  # who stands in each row
         generators = [torch.Generator().manual_seed(seed + i) for i in talking]
@@ -313,9 +333,16 @@ def toy_talks(
     """
     rng = Random(seed)
     part = "train" if split == "train" else "test"
-    asked = [[turn.question for turn in dialogue(rng, n_turns, part)] for _ in range(n)]
+    dialogues = [dialogue(rng, n_turns, part) for _ in range(n)]
+    asked, own = (
+        [[getattr(turn, of) for turn in each] for each in dialogues]
+        for of in ("question", "answer")
+    )
     rules = draw_rules(instructions(split), n, rng)
-    return hold(model, tokenizer, asked, rules, every_turn, seed=seed)
+    context = TOY_CONTEXT if every_turn else None
+    return hold(
+        model, tokenizer, asked, rules, every_turn, TOY_ANSWER, seed=seed, own=own, context=context
+    )
 
 
 # --- Training data --------------------------------------------------------------------------------
@@ -355,25 +382,34 @@ def ghost(
 def examples(
     talks: Sequence[Talk],
     tokenizer: Tokenizer,
-    rng: Random | None = None,
+    rng: Random,
+    last_only: bool = False,
+    own: float = 1.0,
     chat_format: str | None = None,
 ) -> list[DialogTokens]:
-    """Training examples out of dialogues that were held under a rule.
+    """Training examples out of dialogues that were held under a rule, one of each.
 
-    Each answer that obeyed and came to its end is the last one of an example: all of those of a
-    dialogue are computed in one pass (see `ghost`), which teaches most for the time it takes. With
-    ``rng`` it is one example of each dialogue, and chance picks the turn that is the last one.
+    Up to the share `own` of its answers are those that the dialogue had before, where it had any;
+    they do not obey and are not learned. Chance picks them, and how many. Each other answer is, if
+    it obeyed and came to its end, as if the dialogue ended with it (see `ghost`): that teaches most
+    for the time it takes. With ``last_only`` chance picks one of them, which is learned alone, and
+    nothing stands behind.
     A dialogue without such an answer gives none.
     """
     found = []
     for talk in talks:
-        turns = [turn for turn, good in enumerate(talk.obeyed, 1) if good]
+        messages, learned, share = list(talk.messages), talk.obeyed, own * rng.random()
+        for turn, answer in enumerate(talk.own[: len(learned)]):
+            if rng.random() < share:
+                messages[2 * turn + 1] = Message("assistant", answer)
+                learned[turn] = False
+        turns = [turn for turn, good in enumerate(learned, 1) if good]
         if not turns:
             continue
-        last = turns[int(rng.random() * len(turns))] if rng else turns[-1]
-        learned = None if rng else talk.obeyed[:last]
-        messages = talk.messages[: 2 * last]
-        found.append(ghost(messages, talk.rule.text, tokenizer, learned, chat_format))
+        last = turns[int(rng.random() * len(turns))] if last_only else turns[-1]
+        counted = None if last_only else learned[:last]
+        text = talk.rule.text
+        found.append(ghost(messages[: 2 * last], text, tokenizer, counted, chat_format))
     return found
 
 

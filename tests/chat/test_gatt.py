@@ -1,10 +1,9 @@
 """Ghost Attention: who is told what, what is learned, and how far a model obeys."""
 
 import json
-import re
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -83,19 +82,19 @@ def test_the_instruction_stands_in_front_of_the_first_question_or_of_each():
     assert [message.content for message in first] == [
         "Be brief.", "Sing. Ada?", "Ada had a kite.", "Ben?", "Ben had a lamp."
     ]  # fmt: skip
-    every = instructed([system, *DIALOGUE], "Sing.", every_turn=True)
+    every = instructed([system, *DIALOGUE], "Always sing.", reminder="Sing!")
     assert [message.content for message in every] == [
-        "Be brief.", "Sing. Ada?", "Ada had a kite.", "Sing. Ben?", "Ben had a lamp."
+        "Be brief.", "Always sing. Ada?", "Ada had a kite.", "Sing! Ben?", "Ben had a lamp."
     ]  # fmt: skip
     assert [message.role for message in every] == ["system", *(m.role for m in DIALOGUE)]
 
 
-def answered_alone(tok, questions: list[str], told: str, every_turn: bool) -> list[str]:
+def answered_alone(tok, questions: list[str], told: str, reminder: str) -> list[str]:
     """One dialogue, and each of its prompts read from its beginning."""
     said = []
     for question in questions:
         said.append(Message("user", question))
-        ids = encode_dialog(instructed(said, told, every_turn), tok).ids
+        ids = encode_dialog(instructed(said, told, reminder), tok).ids
         (answer,) = generate(MODEL, tok, [ids], max_new_tokens=9)
         said.append(Message("assistant", answer.text.strip()))
     return [message.content for message in said[1::2]]
@@ -110,7 +109,7 @@ def test_each_dialogue_is_answered_as_it_would_be_alone(tok, rows, every_turn):
     for asked, rule, talk in zip(questions, rules, talks, strict=True):
         assert talk.rule is rule
         assert [message.content for message in talk.messages[::2]] == asked
-        alone = answered_alone(tok, asked, rule.text, every_turn)
+        alone = answered_alone(tok, asked, rule.text, rule.short if every_turn else "")
         assert [message.content for message in talk.messages[1::2]] == alone
     assert len({talk.messages[1].content for talk in talks}) == 3  # the model does look at them
 
@@ -169,7 +168,9 @@ def test_a_dialogue_ends_where_its_next_turn_would_not_fit(tok):
     assert [len(talk.finished) for talk in talks] == [4, 6]
     (alone,) = hold(MODEL, tok, [short], [BOAT], True, 9, hot, seed=6)
     assert alone.messages == talks[1].messages  # whose row it took over
-    asked = instructed([*talks[0].messages, Message("user", long[0])], BOAT.text, every_turn=True)
+    (longer,) = hold(MODEL, tok, [long[:5]], [BOAT], max_new_tokens=9, context=700)
+    assert len(longer.finished) == 5
+    asked = instructed([*talks[0].messages, Message("user", long[0])], BOAT.text, BOAT.short)
     assert len(encode_dialog(asked, tok).ids) > 512 - 9 >= len(encode_dialog(asked[:-2], tok).ids)
 
 
@@ -296,7 +297,7 @@ def test_the_answers_to_be_learned_can_be_chosen(tok):
 
 def test_one_pass_over_all_answers_is_the_sum_of_an_example_for_each(tok):
     answers = ("a boat", "the boat", "a kite", "my boat")
-    (whole,) = examples([talk_of(*answers)], tok)
+    (whole,) = examples([talk_of(*answers)], tok, Random(0))
     turns = (1, 2, 4)
     parts = [ghost(talk_of(*answers).messages[: 2 * n], BOAT.text, tok) for n in turns]
     model = small_llama(max_seq_len=512).requires_grad_(True)
@@ -324,12 +325,43 @@ def test_only_answers_that_obeyed_become_the_last_one(tok):
         talk_of("a boat", finished=False),
     ]
     expected = {n: ghost(talks[0].messages[: 2 * n], BOAT.text, tok).ids for n in (1, 3)}
-    found = [each for seed in range(40) for each in examples(talks, tok, Random(seed))]
+    found = [each for seed in range(40) for each in examples(talks, tok, Random(seed), True)]
     counts = {n: sum(each.ids == ids for each in found) for n, ids in expected.items()}
     assert len(found) == sum(counts.values()) == 40
     assert all(10 <= n <= 30 for n in counts.values())  # both are as likely
-    (whole,) = examples(talks, tok)
+    (whole,) = examples(talks, tok, Random(0))
     assert whole == ghost(talks[0].messages[:6], BOAT.text, tok, [True, False, True])
+
+
+def test_own_answers_take_the_place_of_some_and_are_not_learned(tok):
+    talk = replace(talk_of("a boat", "the boat"), own=["No.", "Nobody."])
+    expected = {}
+    for places in ((), (0,), (1,)):
+        messages, learned = list(talk.messages), [True, True]
+        for place in places:
+            messages[2 * place + 1] = Message("assistant", talk.own[place])
+            learned[place] = False
+        n = 2 if learned[1] else 1  # nothing stands behind the last that is learned
+        expected[places] = ghost(messages[: 2 * n], BOAT.text, tok, learned[:n])
+    found = examples([talk] * 300, tok, Random(0))
+    counts = {places: sum(each == made for each in found) for places, made in expected.items()}
+    assert sum(counts.values()) == len(found)
+    assert 80 <= counts[()] <= 120  # a third: the share is uniform between 0 and 1
+    assert all(35 <= counts[one] <= 65 for one in ((0,), (1,)))  # a sixth; a third has none left
+    assert examples([talk] * 9, tok, Random(0), own=0.0) == [expected[()]] * 9
+
+
+def test_own_answers_of_turns_that_were_not_reached_are_left(tok):
+    talk = replace(talk_of("a boat"), own=["No.", "Nobody."])
+    plain = examples([talk_of("a boat")], tok, Random(0))
+    assert examples([talk], tok, Random(0), own=0.0) == plain
+
+
+def test_a_seed_gives_the_same_examples(tok):
+    talks = [replace(talk_of(*["a boat"] * 5), own=["No."] * 5)] * 4
+    once, again = (examples(talks, tok, Random(3)) for _ in range(2))
+    assert once == again
+    assert examples(talks, tok, Random(4)) != once
 
 
 # ------------------------------------------------------------------------------ what came of it
@@ -377,7 +409,7 @@ def files(tmp_path) -> list[str]:
     """Questions, and one instruction that no function can check."""
     (tmp_path / "rules.txt").write_text("Sing.\tS: sing.\n")
     said = [
-        {"role": role, "content": text} for role, text in (("user", "Ada?"), ("assistant", "?"))
+        {"role": role, "content": text} for role, text in (("user", "Ada?"), ("assistant", "No."))
     ]
     lines = [{"messages": said}, {"messages": said * 2}]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -424,12 +456,31 @@ def test_the_command_resumes_to_the_same_bytes(tmp_path, base, files, capsys):
     assert (out / "checkpoint" / "model.safetensors").read_bytes() == whole
 
 
-def test_with_last_only_one_answer_of_a_dialogue_is_learned(tmp_path, base, files, capsys):
-    numbers = []
+def learned_ends(run: Path) -> int:
+    """How many answers are learned, those held out for validation included."""
+    found = 0
+    for name in ("examples", "held_out"):
+        with safe_open(run / "tokens" / f"{name}.safetensors", "np") as file:
+            found += (file.get_tensor("rows")[:, 1] == 2).sum()  # EOS is a target
+    return found
+
+
+def test_with_last_only_one_answer_of_a_dialogue_is_learned(tmp_path, base, files):
     for name, more in (("each", []), ("last", ["--last-only"])):
-        main(["gatt", str(base), *files, "--out", str(tmp_path / name), *FLAGS, *more])
-        numbers.append(int(re.search(r"; (\d+) tokens of them", capsys.readouterr().out)[1]))
-    assert numbers[0] * 12 == numbers[1] * 18
+        main(
+            ["gatt", str(base), *files, "--out", str(tmp_path / name), *FLAGS, "--own", "0", *more]
+        )
+    assert (learned_ends(tmp_path / "each"), learned_ends(tmp_path / "last")) == (18, 12)
+
+
+def test_half_of_the_earlier_answers_are_those_of_the_data(tmp_path, base, files, tok):
+    many = ["--n-dialogues", "40", *FLAGS[2:]]
+    main(["gatt", str(base), *files, "--out", str(tmp_path / "run"), *many])
+    assert 20 <= learned_ends(tmp_path / "run") <= 40  # of 60
+    with safe_open(tmp_path / "run" / "tokens" / "examples.safetensors", "np") as file:
+        text = "".join(map(tok.decode, file.get_tensor("rows")[:, 0].tolist()))
+    assert " No. " in text
+    assert " Ada had a kite. " in text
 
 
 def test_obedience_is_shown_before_and_after(tmp_path, base, tok, monkeypatch, capsys):
@@ -437,7 +488,9 @@ def test_obedience_is_shown_before_and_after(tmp_path, base, tok, monkeypatch, c
         if every_turn:
             return [talk_of("a boat", "a boat")] * n
         weight = "layers.0.attention.wq.weight"
-        was_trained = not torch.equal(model.state_dict()[weight], load(base)[0].state_dict()[weight])
+        was_trained = not torch.equal(
+            model.state_dict()[weight], load(base)[0].state_dict()[weight]
+        )
         return [talk_of(*["a boat"] * (20 if was_trained else 1), *["no"] * 19)] * n
 
     monkeypatch.setattr("minillama.chat.gatt.toy_talks", as_told)
@@ -456,7 +509,7 @@ def test_obedience_is_shown_before_and_after(tmp_path, base, tok, monkeypatch, c
         (["BASE", "--data", "asked.jsonl"], "both or neither"),
         (
             ["BASE", "FILES", "--n-dialogues", "1"],
-            "Of 1 answers 1 obeyed, in 1 dialogues. At least",
+            "Of 1 answers 1 obeyed, in",
         ),
         (["BASE", "FILES", "--max-new-tokens", "2"], "answers 0 obeyed, in 0 dialogues"),
         (["nowhere"], "There is no nowhere"),
