@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+import tomllib
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -442,12 +443,16 @@ class Sft:
     saving: Annotated[RunConfig, FLAT] = field(default_factory=RunConfig)
 
     def run(self) -> None:
+        from minillama.chat import recognise
+
         resumes = self.resume and (self.out / CONFIG).exists()
         if not resumes:
             _keep(self.out / "checkpoint")
         run = self._resumed() if resumes else self.start()
         _follow(run, tensorboard=self.tensorboard)
-        spoken = f" --chat-format {self._format(run.tokenizer)}" if self.chat_format else ""
+        chat_format = _started_with(self.out)["data"]["chat_format"]
+        known = chat_format == recognise(run.tokenizer)
+        spoken = "" if known else f" --chat-format {chat_format}"
         print(f"Try it: minillama chat {self.out / run.RESULT}{spoken}")
 
     def start(self) -> "SftRun":
@@ -489,7 +494,26 @@ class Sft:
         )
         assert isinstance(run, SftRun)
         usual = SFT_PRESETS[self.preset]
-        _keeps_settings(self.out, self.training, replace(run.config, steps=usual.steps), usual)
+        # Without --steps they follow from the epochs, and the flag's default means nothing.
+        steps = usual.steps if self.epochs is not None else run.config.steps
+        _keeps_settings(self.out, self.training, replace(run.config, steps=steps), usual)
+        started = _started_with(self.out)
+        path = self.model and (
+            Path(self.model).absolute() if Path(self.model).exists() else self.model
+        )
+        given = {
+            "the model": (path and str(path), started["base"]["path"]),
+            "--data": (list(self.data) or None, started["data"]["files"]),
+            "--chat-format": (self.chat_format, started["data"]["chat_format"]),
+            "--across": (self.across or None, started["packing"]["across"]),
+        }
+        for name, (now, then) in given.items():
+            if now not in (None, then):
+                raise ValueError(
+                    f"{name} was {then} when the run in {self.out} was started, and is {now} now. "
+                    f"A resumed run keeps what it was started with: leave it out, or start a new "
+                    f"run with --out."
+                )
         return run
 
     def _examples(self, tokenizer: "Tokenizer") -> "tuple[list[DialogTokens], list[DialogTokens]]":
@@ -503,6 +527,8 @@ class Sft:
                 tokenise(toy_dialogues(split, n), tokenizer, chat_format, seq_len)
                 for split, n in (("train", TOY_DIALOGUES), ("valid", None))
             )
+        elif "toy" in self.data and not Path("toy").exists():
+            raise ValueError("--data toy stands alone: dialogues of files go without it.")
         else:
             dialogues = read_dialogues(self.data, chat_format)
             examples = tokenise(dialogues, tokenizer, chat_format, seq_len)
@@ -520,6 +546,13 @@ class Sft:
             f"{len(learned):,} dialogues in the format {chat_format}: {tokens:,} tokens, of which "
             f"{answers:,} are learned. {len(held_out):,} more are held out."
         )
+        at_once = self.training.batch_size * self.training.accumulation * seq_len
+        if tokens < at_once / 2:
+            print(
+                f"A step takes {at_once:,} tokens, so it learns each dialogue about "
+                f"{at_once / tokens:.0f} times, all at once. Few dialogues are better learned in "
+                f"many small steps: --batch-size 1 --accumulation 1 --seq-len 512."
+            )
         return learned, held_out
 
     def _format(self, tokenizer: "Tokenizer") -> str:
@@ -816,7 +849,8 @@ class Serve:
     name: Annotated[tuple[str, ...], REPEATED] = ()
     # NAME=FOLDER of the first model, or MODEL:NAME=FOLDER: as fast as a model, and costs little.
     adapter: Annotated[tuple[str, ...], REPEATED] = ()
-    # NAME=URL of another server of this protocol, whose models are offered as NAME/MODEL.
+    # NAME=URL of another server of this protocol, whose models are offered as NAME/MODEL; a key
+    # that it wants stands in the environment, as MINILLAMA_KEY_NAME.
     endpoint: Annotated[tuple[str, ...], REPEATED] = ()
     host: str = "127.0.0.1"  # another address can be reached from outside, and needs a token
     port: int = 8000  # 0 takes one that is free
@@ -1356,6 +1390,11 @@ def _keeps_settings(out: Path, wanted: Any, started: Any, usual: Any = None) -> 
                 f"{getattr(wanted, key)} now. A resumed run keeps its settings: leave the flag "
                 f"out, or start a new run with --out."
             )
+
+
+def _started_with(out: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, as it keeps them."""
+    return tomllib.loads((out / CONFIG).read_text(encoding="utf-8"))
 
 
 def _named(what: str, text: str) -> tuple[str, str]:

@@ -41,7 +41,8 @@ class Endpoint:
                 f"http://127.0.0.1:9000/v1, to which /chat/completions is added."
             )
         self.name, self.url = name, url.rstrip("/")
-        key = os.environ.get(f"MINILLAMA_KEY_{name.upper().replace('-', '_')}")
+        self._variable = f"MINILLAMA_KEY_{name.upper().replace('-', '_')}"
+        key = os.environ.get(self._variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # The time limit of the request ends what takes too long.
         self._client = httpx2.AsyncClient(headers=headers, timeout=None, follow_redirects=False)
@@ -51,6 +52,13 @@ class Endpoint:
         try:
             async with asyncio.timeout(LISTING):
                 answer = await self._client.get(f"{self.url}/models")
+            if answer.status_code in (401, 403):
+                wanted = "another" if "Authorization" in self._client.headers else "a"
+                log.warning(
+                    "%s (%s) wants %s key: put it into the environment, as %s.",
+                    *(self.name, self.url, wanted, self._variable),
+                )
+                return []
             found = [str(each["id"]) for each in answer.raise_for_status().json()["data"]]
         except (httpx2.HTTPError, TimeoutError, ValueError, KeyError, TypeError) as error:
             log.warning("%s (%s) does not list its models: %r", self.name, self.url, error)

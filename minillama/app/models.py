@@ -308,7 +308,8 @@ class ServedModel:
                 for each in safe
             )
             code = "control_marker" if marked else "invalid_value"
-            raise ApiError(400, str(error), code, "messages") from None
+            way_out = ' Or have that done: "neutralise": true.' if marked else ""
+            raise ApiError(400, str(error) + way_out, code, "messages") from None
         if len(tokens.ids) >= self.context:
             raise ApiError(
                 400,

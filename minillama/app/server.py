@@ -402,7 +402,7 @@ class Service:
         """The model's answer to a form of this kind, or what the server has that has the model."""
         deadline = asyncio.get_running_loop().time() + self.limits.max_seconds
         fields = parse_json(await request.body())
-        if endpoint := self._endpoint(fields.get("model")):
+        if endpoint := self.elsewhere(fields.get("model")):
             path = request.url.path.removeprefix("/v1/")
             asking = resources.enter_async_context(endpoint.asking(path, fields))
             status, media_type, body = await unless_gone(request, asking)
@@ -426,9 +426,13 @@ class Service:
         try:
             return form, self.models[known_name("model", form.model, self.models)]
         except ValueError as error:
-            raise ApiError(404, str(error), "model_not_found", "model") from None
+            others = ", and of other servers: " * bool(self.endpoints) + ", ".join(
+                f"{name}/..." for name in self.endpoints
+            )
+            said = f"{str(error).removesuffix('.')}{others}."
+            raise ApiError(404, said, "model_not_found", "model") from None
 
-    def _endpoint(self, model: Any) -> Endpoint | None:
+    def elsewhere(self, model: Any) -> Endpoint | None:
         """The server that has this model, if it is another one."""
         if not isinstance(model, str) or model in self.models:
             return None
@@ -460,12 +464,22 @@ def routes(service: Service, page: str) -> APIRouter:
         n_open = sum(thread.n_open for thread in service.threads)
         return json_response({"status": "ok", "requests": n_open})
 
-    @router.get("/v1/models")
-    async def models() -> Response:
+    async def listed() -> dict[str, Any]:
         cards = [model.card() for model in service.models.values()]
         others = (endpoint.models() for endpoint in service.endpoints.values())
         cards += chain.from_iterable(await asyncio.gather(*others))
-        return json_response({"object": "list", "data": cards})
+        return {"object": "list", "data": cards}
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        return json_response(await listed())
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        for card in (await listed())["data"]:
+            if card["id"] == name:
+                return json_response(card)
+        raise ApiError(404, f"There is no model {name!r}.", "model_not_found", "model")
 
     @router.post("/v1/chat/completions")
     async def chat(request: Request, resources: Resources) -> Response:
@@ -477,7 +491,11 @@ def routes(service: Service, page: str) -> APIRouter:
 
     @router.post("/api/prompt")
     async def prompt(request: Request) -> Response:
-        form, model = service.read(parse_json(await request.body()), ChatForm)
+        fields = parse_json(await request.body())
+        if service.elsewhere(fields.get("model")):
+            said = "What a model of another server reads is known to that server alone."
+            raise ApiError(400, said, "not_here", "model")
+        form, model = service.read(fields, ChatForm)
         return json_response(await asyncio.to_thread(model.shown, form, service.limits))
 
     return router
@@ -601,7 +619,8 @@ class Server(uvicorn.Server):
         for each in sockets or []:
             host, port = each.getsockname()[:2]
             at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            print(f"{', '.join(self._service.models)}: {at} (API: {at}/v1)", flush=True)
+            others = (f"{name}/..." for name in self._service.endpoints)
+            print(f"{', '.join([*self._service.models, *others])}: {at} (API: {at}/v1)", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(self._grace, self._service.interrupt)

@@ -72,7 +72,7 @@ def test_another_server_answers_under_its_name(tmp_path, monkeypatch):
         refused = http.post("/v1/completions", json=TEXT | {"model": "other/large"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
         shown = http.post("/api/prompt", json=body)
-        assert (shown.status_code, shown.json()["error"]["code"]) == (404, "model_not_found")
+        assert (shown.status_code, shown.json()["error"]["code"]) == (400, "not_here")
 
 
 def test_whoever_leaves_is_not_answered_by_the_other_server_either(tmp_path):
@@ -167,6 +167,19 @@ def test_a_list_of_models_that_is_none(tmp_path, body, caplog):
     ):
         assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["small"]
     assert "does not list its models" in caplog.text
+
+
+def test_a_server_that_wants_a_key_says_where_it_goes(tmp_path, caplog):
+    with (
+        stranger(status=401) as (url, _),
+        client(tmp_path, endpoints=[Endpoint("far-away", url)]) as http,
+    ):
+        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["small"]
+        error = http.post("/v1/completions", json=TEXT | {"model": "nope"}).json()["error"]
+        assert "Known are: small, and of other servers: far-away/..." in error["message"]
+        chat = {"model": "far-away/x", "messages": [{"role": "user", "content": "Hi"}]}
+        assert http.post("/api/prompt", json=chat).json()["error"]["code"] == "not_here"
+    assert "put it into the environment, as MINILLAMA_KEY_FAR_AWAY" in caplog.text
 
 
 def test_a_stream_that_breaks_off_says_so(tmp_path):

@@ -453,6 +453,23 @@ def test_search_rename_and_delete(page):
     assert page.all(".turn") == []
 
 
+def test_nothing_is_asked_with_an_option_that_cannot_be(page, script):
+    page.find("#show-options").click()
+    page.find("#temperature").clear()
+    page.find("#temperature").send_keys("9\t")
+    page.find("#show-options").click()
+    seen = len(script.seen)
+    page.ask("one")
+    page.until(lambda: page.find("#options").is_displayed(), "the wrong option")
+    assert page.find("#question").get_attribute("value") == "one"  # it is not lost
+    assert len(script.seen) == seen
+    page.find("#temperature").clear()
+    page.find("#temperature").send_keys("1\t")
+    page.ask("")
+    page.answered(2)
+    assert script.seen[-1]["temperature"] == 1
+
+
 def test_options_are_sent_and_kept(page, script):
     page.find("#show-options").click()
     for name, value in {"temperature": "0", "top_p": "", "max_tokens": "9", "seed": "3"}.items():

@@ -588,6 +588,7 @@ def url(tmp_path_factory):
 def test_the_openai_client(url):
     with openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN) as ask:
         assert [model.id for model in ask.models.list()] == ["small"]
+        assert ask.models.retrieve("small").id == "small"
         answer = ask.chat.completions.create(**CHAT)
         assert answer.choices[0].message.content == ANSWER
         stream = ask.chat.completions.create(

@@ -487,6 +487,37 @@ def test_the_command_resumes_with_or_without_the_same_flags(tmp_path, base, chat
     assert "learning_rate was 0.01 when the run in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("length", [("--steps", "14"), ("--epochs", "1")])
+def test_the_line_that_started_a_run_resumes_it(tmp_path, base, chats, length):
+    line = ["sft", str(base), "--data", str(chats), "--out", str(tmp_path / "run"), "--resume"]
+    for _ in range(2):
+        main(
+            [
+                *line,
+                *FLAGS[: FLAGS.index("--epochs")],
+                *FLAGS[FLAGS.index("--epochs") + 2 :],
+                *length,
+            ]
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--across",), "--across was False when"),
+        (("--data", "other.jsonl"), "--data was ["),
+        (("--chat-format", "alpaca"), "--chat-format was llama2 when"),
+    ],
+)
+def test_a_resumed_run_keeps_what_it_was_started_with(
+    tmp_path, base, chats, capsys, flags, message
+):
+    sft(base, chats, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        main(["sft", "--resume", "--out", str(tmp_path / "run"), "--device", "cpu", *flags])
+    assert message in capsys.readouterr().err
+
+
 def test_another_format_is_named_to_the_user_again(tmp_path, base, chats, capsys):
     sft(base, chats, tmp_path / "run", "--chat-format", "alpaca", "--seq-len", "250")
     shown = capsys.readouterr().out
