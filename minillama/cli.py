@@ -8,7 +8,6 @@ import math
 import os
 import sys
 import time
-import tomllib
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -450,7 +449,7 @@ class Sft:
             _keep(self.out / "checkpoint")
         run = self._resumed() if resumes else self.start()
         _follow(run, tensorboard=self.tensorboard)
-        chat_format = _started_with(self.out)["data"]["chat_format"]
+        chat_format = read_toml(self.out / CONFIG)["data"]["chat_format"]
         known = chat_format == recognise(run.tokenizer)
         spoken = "" if known else f" --chat-format {chat_format}"
         print(f"Try it: minillama chat {self.out / run.RESULT}{spoken}")
@@ -497,7 +496,7 @@ class Sft:
         # Without --steps they follow from the epochs, and the flag's default means nothing.
         steps = usual.steps if self.epochs is not None else run.config.steps
         _keeps_settings(self.out, self.training, replace(run.config, steps=steps), usual)
-        started = _started_with(self.out)
+        started = read_toml(self.out / CONFIG)
         path = self.model and (
             Path(self.model).absolute() if Path(self.model).exists() else self.model
         )
@@ -649,7 +648,6 @@ class Gatt:
                 "Name the model, and what it is to be told and asked: minillama gatt MODEL "
                 "--instructions FILE --data FILE..., both or neither (then it is of the toy world)."
             )
-        print(f"{self.n_dialogues:,} dialogues are held under an instruction.", flush=True)
         tokenizer, talks = self._talks()
         rng = Random(self.training.seed)
         found = examples(talks, tokenizer, rng, self.last_only, self.own, self.chat_format)
@@ -688,6 +686,7 @@ class Gatt:
         seed = self.training.seed
         given = read_instructions(self.instructions) if self.instructions else []
         model, tokenizer = self._opening.load(str(self.model))
+        print(f"{self.n_dialogues:,} dialogues are held under an instruction.", flush=True)
         if not given:
             return tokenizer, toy_talks(model, tokenizer, self.n_dialogues, self.n_turns, seed=seed)
         chat_format = self.chat_format or recognise(tokenizer)
@@ -1390,11 +1389,6 @@ def _keeps_settings(out: Path, wanted: Any, started: Any, usual: Any = None) -> 
                 f"{getattr(wanted, key)} now. A resumed run keeps its settings: leave the flag "
                 f"out, or start a new run with --out."
             )
-
-
-def _started_with(out: Path) -> dict[str, Any]:
-    """The settings of the run in a folder, as it keeps them."""
-    return tomllib.loads((out / CONFIG).read_text(encoding="utf-8"))
 
 
 def _named(what: str, text: str) -> tuple[str, str]:
