@@ -38,11 +38,14 @@ data: $(VENV)/core  ## rebuild data/ from the toy world's grammar, bit for bit
 	$(BIN)/python -m minillama.data.tales data
 	$(BIN)/python -m minillama.data.dialogues data
 
-toy: $(VENV)/core   ## train anew what the notebooks show: the small model in data/toy, the assistant in data/toy/chat
+toy: $(VENV)/core   ## train anew what the notebooks show, in data/toy: a model, an assistant, one that keeps its word
 	$(BIN)/minillama demo --no-chat --out data/toy
 	rm -rf runs/toy-chat data/toy/chat
 	$(BIN)/minillama sft data/toy/checkpoint --data toy --out runs/toy-chat
 	cp -R runs/toy-chat/checkpoint data/toy/chat
+	rm -rf runs/toy-gatt data/toy/gatt
+	$(BIN)/minillama gatt data/toy/chat --out runs/toy-gatt
+	cp -R runs/toy-gatt/checkpoint data/toy/gatt
 
 lock:       ## make constraints.txt anew from pyproject.toml (needs uv)
 	uv pip compile --universal --python-version 3.11 --all-extras --no-header --no-annotate \
