@@ -498,7 +498,7 @@ print("exercise 3: correct")
 # | [8 · pretraining](08_pretraining.ipynb) | a run that survives | `training/` | LLaMA, 2.3 |
 # | [9 · generation](09_generation.ipynb) | from probabilities to text | `generation/` | |
 # | [10 · fine-tuning](10_sft.ipynb) | from texts to answers | `chat/sft.py` | Llama 2, 3.1 |
-# | [11 · Ghost Attention](11_gatt.ipynb) | what was said once, holds | `chat/gatt.py` | Llama 2, 3.3 |
+# | [11 · Ghost Attention](11_gatt.ipynb) | said once, it holds | `chat/gatt.py` | Llama 2, 3.3 |
 # | [16 · real weights](16_real_weights.ipynb) | any box, opened | `checkpoint/` | Llama 2, 5.3 |
 # | [17 · quantization](17_quantization.ipynb) | weights of few bits | `adapt/quantize.py` | |
 # | [18 · LoRA](18_lora.ipynb) | small changes of large matrices | `adapt/lora.py` | |
