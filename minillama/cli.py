@@ -642,6 +642,7 @@ class Gatt:
         """A new run; an earlier one in the same place is replaced."""
         from minillama.chat.gatt import examples
         from minillama.chat.sft import SftRun
+        from minillama.plan import LINEARS
 
         if not self.model or bool(self.instructions) != bool(self.data):
             raise ValueError(
@@ -686,6 +687,8 @@ class Gatt:
         seed = self.training.seed
         given = read_instructions(self.instructions) if self.instructions else []
         model, tokenizer = self._opening.load(str(self.model))
+        for name in self.trained:  # now, and not when the dialogues are held
+            known_name("matrix of the blocks", name, LINEARS)
         print(f"{self.n_dialogues:,} dialogues are held under an instruction.", flush=True)
         if not given:
             return tokenizer, toy_talks(model, tokenizer, self.n_dialogues, self.n_turns, seed=seed)
@@ -708,6 +711,7 @@ class Gatt:
             seed=seed,
             chat_format=chat_format,
             own=own,
+            context=min(self.training.seq_len, model.config.max_seq_len),  # so that it fits a row
         )
         return tokenizer, talks
 

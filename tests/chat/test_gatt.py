@@ -483,6 +483,20 @@ def test_half_of_the_earlier_answers_are_those_of_the_data(tmp_path, base, files
     assert " Ada had a kite. " in text
 
 
+def test_what_is_held_fits_the_rows_that_are_learned(tmp_path, base, files, capsys):
+    flags = ["--n-dialogues", "12", "--steps", "2", "--warmup-steps", "1", "--batch-size", "2"]
+    short = [
+        "--seq-len",
+        "64",
+        "--max-new-tokens",
+        "20",
+        "--device",
+        "cpu",
+    ]  # one turn fits, two do not
+    main(["gatt", str(base), *files, "--out", str(tmp_path / "run"), *flags, *short, "--own", "0"])
+    assert "Of 12 answers 12 obeyed" in capsys.readouterr().out
+
+
 def test_obedience_is_shown_before_and_after(tmp_path, base, tok, monkeypatch, capsys):
     def as_told(model, tokenizer, n, n_turns=20, split="train", every_turn=True, seed=0):
         if every_turn:
