@@ -649,6 +649,8 @@ class Gatt:
                 "Name the model, and what it is to be told and asked: minillama gatt MODEL "
                 "--instructions FILE --data FILE..., both or neither (then it is of the toy world)."
             )
+        for name in self.trained:  # now, and not when the dialogues are held
+            known_name("matrix of the blocks", name, LINEARS)
         tokenizer, talks = self._talks()
         rng = Random(self.training.seed)
         found = examples(talks, tokenizer, rng, self.last_only, self.own, self.chat_format)
@@ -687,8 +689,6 @@ class Gatt:
         seed = self.training.seed
         given = read_instructions(self.instructions) if self.instructions else []
         model, tokenizer = self._opening.load(str(self.model))
-        for name in self.trained:  # now, and not when the dialogues are held
-            known_name("matrix of the blocks", name, LINEARS)
         print(f"{self.n_dialogues:,} dialogues are held under an instruction.", flush=True)
         if not given:
             return tokenizer, toy_talks(model, tokenizer, self.n_dialogues, self.n_turns, seed=seed)
