@@ -15,18 +15,18 @@ HELP = """\
 Ctrl-C stops an answer. A line that starts with // is sent with one slash less."""
 
 
-def chat(conversation: Conversation, read: Callable[[str], str] = input) -> None:
+def chat(conversation: Conversation, read: Callable[[str], str] | None = None) -> None:
     """Read questions and commands until the input ends, and print the answers as they come.
 
     What cannot be done is said, and the conversation goes on. ``read`` gets the prompt and returns
-    a line, or raises EOFError, as `input` does.
+    a line, or raises EOFError, as `input` does, which is the default.
     """
     with suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  (arrow keys edit the line and bring back earlier ones)
     forgotten = 0
     while True:
         try:
-            line = read("> ")
+            line = (read or input)("> ")
         except EOFError:
             print()
             return
