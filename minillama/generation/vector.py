@@ -43,7 +43,8 @@ class VectorProduct(nn.Module):
         self.weight = weight
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        if _has_kernel(self.weight):
+        # A compiler would take the kernel apart, and add up in bfloat16.
+        if _has_kernel(self.weight) and not torch.compiler.is_compiling():
             return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
         return (self.weight.float() * x.float()).sum(-1).view(*x.shape[:-1], -1).type_as(x)
 
