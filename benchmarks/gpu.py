@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 
+from peers import transformers_config
+
 TRAINERS = ["transformers", "transformers compiled", "minillama", "minillama compiled"]
 DECODERS = [
     "transformers bfloat16",
@@ -45,19 +47,9 @@ def sizes(what: str):  # type: ignore[no-untyped-def]
 def theirs(config, dtype):  # type: ignore[no-untyped-def]
     """transformers' model of these sizes."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    shape = LlamaConfig(
-        hidden_size=config.dim,
-        intermediate_size=config.hidden_dim,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_seq_len,
-        attn_implementation="sdpa",
-        dtype=dtype,
-    )
+    shape = transformers_config(config, config.max_seq_len, dtype=dtype)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     with torch.device("cuda"):

@@ -3,28 +3,33 @@
 import time
 
 
+def transformers_config(config, context: int, **settings):  # type: ignore[no-untyped-def]
+    """The same sizes in transformers' words."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=config.dim,
+        intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=context,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie_embeddings,
+        attn_implementation="sdpa",
+        **settings,
+    )
+
+
 def transformers_llama(llama, context: int, **settings):  # type: ignore[no-untyped-def]
     """transformers' Llama with the same weights; the embeddings are tied."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from minillama.checkpoint.huggingface import to_huggingface
 
     config = llama.config
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=config.dim,
-            intermediate_size=config.hidden_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=context,
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-            **settings,
-        )
-    )
+    model = LlamaForCausalLM(transformers_config(config, context, **settings))
     weights = to_huggingface(llama.state_dict(), config)
     weights.pop("lm_head.weight", None)
     model.load_state_dict(weights, strict=False)
