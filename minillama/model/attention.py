@@ -1,11 +1,13 @@
 """Causal self-attention with grouped queries."""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from minillama.config import LlamaConfig
 from minillama.model.cache import LayerCache
+from minillama.model.packed import Documents
 from minillama.model.rope import apply_rope
 
 
@@ -13,20 +15,32 @@ def attend(
     q: Float[Tensor, "batch heads q_len head_dim"],
     k: Float[Tensor, "batch kv_heads k_len head_dim"],
     v: Float[Tensor, "batch kv_heads k_len head_dim"],
-    visible: Bool[Tensor, "#batch 1 q_len k_len"] | None = None,
+    visible: Bool[Tensor, "#batch 1 q_len k_len"] | Documents | None = None,
 ) -> Float[Tensor, "batch heads q_len head_dim"]:
     """softmax(q k^T / sqrt(head_dim)) v, where no query sees a later key.
 
     `visible` None means plain causal attention: q and k stand at the same positions (or one query
-    stands at the last of them). Query head i reads key/value head i // (heads / kv_heads): each
-    key/value head is *repeated* for a group of neighbouring query heads, never tiled.
+    stands at the last of them); `Documents` means that within each document. Query head i reads
+    key/value head i // (heads / kv_heads): each key/value head is *repeated* for a group of
+    neighbouring query heads, never tiled.
 
     The score matrix is never stored: PyTorch's fused kernels compute it block by block.
     Source: Vaswani et al. 2017, eq. 1 (arXiv:1706.03762); Ainslie et al. 2023 (arXiv:2305.13245).
     Built in notebooks/05_gqa_attention.ipynb.
     """
+    if isinstance(visible, Documents):
+        return _attend_within(visible, q, k, v)
     causal = visible is None and q.shape[2] > 1
     return scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=True)
+
+
+@torch.compiler.disable  # else every row, of other lengths, would be compiled anew
+def _attend_within(documents: Documents, *qkv: Tensor) -> Tensor:
+    rows = []
+    for lengths, *row in zip(documents.lengths, *(x.split(1) for x in qkv), strict=True):
+        parts = zip(*(x.split(lengths, dim=2) for x in row), strict=True)
+        rows.append(torch.cat([attend(*part) for part in parts], dim=2))
+    return torch.cat(rows)
 
 
 class Attention(nn.Module):
@@ -53,7 +67,7 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "batch seq dim"],
         angles: Float[Tensor, "#batch 1 seq half_head_dim"],
-        visible: Bool[Tensor, "#batch 1 seq k_len"] | None = None,
+        visible: Bool[Tensor, "#batch 1 seq k_len"] | Documents | None = None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         q, k, v = (self._split_heads(w(x)) for w in (self.wq, self.wk, self.wv))

@@ -9,7 +9,7 @@ from minillama.model.attention import Attention
 from minillama.model.cache import KVCache, LayerCache
 from minillama.model.feed_forward import FeedForward
 from minillama.model.norm import RMSNorm
-from minillama.model.packed import Packed
+from minillama.model.packed import Documents, Packed
 from minillama.model.rope import rope_angles
 
 
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch seq dim"],
         angles: Float[Tensor, "#batch 1 seq half_head_dim"],
-        visible: Bool[Tensor, "#batch 1 seq k_len"] | None = None,
+        visible: Bool[Tensor, "#batch 1 seq k_len"] | Documents | None = None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         x = x + self.attention(self.attention_norm(x), angles, visible, cache)

@@ -221,7 +221,7 @@ visible = np.array([[first[i] <= j <= i for j in range(256)] for i in range(256)
 from minillama.model import Packed
 
 packed = Packed(torch.from_numpy(positions.astype(np.int64))[None])
-assert np.array_equal(packed.visible(256)[0, 0].numpy(), visible)
+assert np.array_equal(packed.mask()[0, 0].numpy(), visible)
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(6, 2.8), width_ratios=(1, 1.3))
 left.imshow(visible, cmap="Oranges", interpolation="nearest")

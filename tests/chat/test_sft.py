@@ -1,7 +1,10 @@
 """Which tokens are learned, how dialogues share rows, and `SftRun`."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tomllib
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -324,6 +327,31 @@ def test_it_learns_and_leaves_a_checkpoint_with_the_longer_context(finished, bas
     assert torch.equal(model(tokens), finished.model(tokens))
 
 
+COMPILED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from test_sft import TRAINING, new_run
+torch._dynamo.config.error_on_recompile = True
+for stats in new_run(Path(sys.argv[1]), sys.argv[2], replace(TRAINING, compile=True)):
+    print(stats.loss)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same_from_rows_of_any_documents(finished, base, tmp_path):
+    # In a process of its own: the compiler cannot see through the checks of shapes in this one.
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), str(tests / "chat"), str(tests.parent)])
+    command = [sys.executable, "-c", COMPILED, str(tmp_path / "run"), str(base)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    losses = [float(line) for line in done.stdout.splitlines()]
+    assert losses == pytest.approx([line["loss"] for line in finished.log() if "loss" in line])
+
+
 def test_the_base_is_what_training_starts_from_and_stays_as_it_was(tmp_path, base):
     before = bytes_of(base)
     short = tokenise([said("Who?", "Ada."), said("What?", "A kite.")], small_tokenizer())
@@ -504,9 +532,9 @@ def test_the_line_that_started_a_run_resumes_it(tmp_path, base, chats, length):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--across",), "--across was False when"),
-        (("--data", "other.jsonl"), "--data was ["),
-        (("--chat-format", "alpaca"), "--chat-format was llama2 when"),
+        (("--across",), "across was False when"),
+        (("--data", "other.jsonl"), "data was ["),
+        (("--chat-format", "alpaca"), "chat_format was 'llama2' when"),
     ],
 )
 def test_a_resumed_run_keeps_what_it_was_started_with(

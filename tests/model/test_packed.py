@@ -30,8 +30,8 @@ def positions(*rows: list[int]) -> torch.Tensor:
 def test_what_a_token_sees_by_hand():
     packed = Packed(positions([2, 3]))
     assert packed.positions(5).tolist() == [[0, 1, 0, 1, 2]]
-    visible = packed.visible(5)
-    assert visible.int()[0, 0].tolist() == [
+    assert packed.visible(5).lengths == [[2, 3]]
+    assert packed.mask().int()[0, 0].tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [0, 0, 1, 0, 0],
@@ -45,7 +45,7 @@ def test_rows_of_one_document_need_no_mask():
     packed = Packed(positions([6], [6]))
     assert packed.visible(6) is None
     assert torch.equal(MODEL(tokens, packed), MODEL(tokens))
-    assert Packed(positions([6], [2, 4])).visible(6).shape == (2, 1, 6, 6)
+    assert Packed(positions([6], [2, 4])).visible(6).lengths == [[6], [2, 4]]
 
 
 @settings(max_examples=30, deadline=None)
@@ -55,6 +55,18 @@ def test_each_document_has_the_logits_that_it_has_alone(lengths, seed):
     together = MODEL(tokens, Packed(positions(lengths)))
     alone = [MODEL(document) for document in tokens.split(lengths, dim=1)]
     assert_close(together, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)  # logits reach 50
+
+
+def test_a_mask_keeps_them_apart_as_well():  # as on a GPU
+    tokens = torch.randint(300, (2, 12), generator=torch.Generator().manual_seed(0))
+    one_by_one, masked = (Packed(positions([5, 1, 6], [12])) for _ in range(2))
+    masked.visible = lambda seq: masked.mask()
+    model, results = small_llama().train().requires_grad_(), []
+    for packed in (one_by_one, masked):
+        logits = model(tokens, packed)
+        gradients = torch.autograd.grad(logits.square().mean(), model.parameters())
+        results.append([logits, *gradients])
+    assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_without_it_a_document_sees_those_before_it():
