@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, cycle, islice
@@ -67,6 +67,8 @@ GATT_TRAINING = TrainingConfig(
 )
 TURNS = (1, 2, 4, 6, 10, 15, 20)  # at which obedience is shown
 CONFIG = "config.toml"  # of a run
+# Commands whose model stands behind their name; of `generate` that is the prompt's place.
+OF_A_MODEL = ("chat", "gatt", "info", "lora", "plan", "serve", "sft", "verify")
 RANK = int(os.environ.get("RANK", "0"))  # among the processes that torchrun started: 0 speaks
 
 
@@ -248,8 +250,8 @@ class Pretrain:
         run = PretrainingRun.resume(
             self.out, _device(self.device), self.saving, self.training.tensor_parallel
         )
-        _keeps_settings(self.out, self.model, run.model.config)
-        _keeps_settings(self.out, self.training, run.config)
+        _keeps(self.out, asdict(self.model), asdict(run.model.config))
+        _keeps(self.out, asdict(self.training), asdict(run.config))
         return run
 
     def _documents(self) -> tuple[dict[str, Iterable[str]], Iterable[str]]:
@@ -394,16 +396,28 @@ class LoRA:
             _device(self.device),
             self.saving,
             self.quantize,
-            {"text": [str(path) for path in self.text], "by_line": self.by_line},
+            {"text": self._source()["text"], "by_line": self.by_line},
         )
+
+    def _source(self) -> dict[str, Any]:
+        """What it starts and learns from, as config.toml keeps it."""
+        return {
+            "model": _place(self.model),
+            "quantize": self.quantize or "",
+            "text": [str(path) for path in self.text],
+            "by_line": self.by_line,
+        }
 
     def _resumed(self) -> "LoRARun":
         from minillama.training.lora_run import LoRARun
 
         run = LoRARun.resume(self.out, _device(self.device), self.saving)
         assert isinstance(run, LoRARun)
-        _keeps_settings(self.out, self.adapter, run.adapter, LoRAConfig())
-        _keeps_settings(self.out, self.training, run.config, LORA_TRAINING)
+        started = read_toml(self.out / CONFIG)
+        base = {"model": started["base"]["path"], "quantize": started["base"]["quantize"]}
+        _keeps(self.out, self._source(), base | started["data"], LoRA()._source())
+        _keeps(self.out, asdict(self.adapter), asdict(run.adapter), asdict(LoRAConfig()))
+        _keeps(self.out, asdict(self.training), asdict(run.config), asdict(LORA_TRAINING))
         return run
 
     def _merge(self, run: "LoRARun") -> None:
@@ -434,7 +448,7 @@ class Sft:
     preset: str = "llama2"  # how it is trained: llama2, the paper's way; toy, for --data toy
     epochs: float | None = SFT_EPOCHS  # how often each dialogue is learned; instead: --steps
     chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
-    across: bool = False  # dialogues see those before them in a row; faster with long rows
+    across: bool = False  # dialogues see those before them in a row
     tokenizer: Path | None = None  # where it does not lie beside the weights
     device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
     tensorboard: bool = False  # write curves to --out/tensorboard (pip install 'minillama[track]')
@@ -485,6 +499,15 @@ class Sft:
             print(f"The context grows from {before:,} to {context:,} tokens: a row is so long.")
         return run
 
+    def _source(self) -> dict[str, Any]:
+        """What it starts and learns from, as config.toml keeps it."""
+        return {
+            "model": _place(self.model),
+            "across": self.across,
+            "data": list(self.data),
+            "chat_format": self.chat_format or "",
+        }
+
     def _resumed(self) -> "SftRun":
         from minillama.chat.sft import SftRun
 
@@ -495,24 +518,16 @@ class Sft:
         usual = SFT_PRESETS[self.preset]
         # Without --steps they follow from the epochs, and the flag's default means nothing.
         steps = usual.steps if self.epochs is not None else run.config.steps
-        _keeps_settings(self.out, self.training, replace(run.config, steps=steps), usual)
+        config = replace(run.config, steps=steps)
+        _keeps(self.out, asdict(self.training), asdict(config), asdict(usual))
         started = read_toml(self.out / CONFIG)
-        path = self.model and (
-            Path(self.model).absolute() if Path(self.model).exists() else self.model
-        )
-        given = {
-            "the model": (path and str(path), started["base"]["path"]),
-            "--data": (list(self.data) or None, started["data"]["files"]),
-            "--chat-format": (self.chat_format, started["data"]["chat_format"]),
-            "--across": (self.across or None, started["packing"]["across"]),
+        source = {
+            "model": started["base"]["path"],
+            "across": started["packing"]["across"],
+            "data": started["data"]["files"],
+            "chat_format": started["data"]["chat_format"],
         }
-        for name, (now, then) in given.items():
-            if now not in (None, then):
-                raise ValueError(
-                    f"{name} was {then} when the run in {self.out} was started, and is {now} now. "
-                    f"A resumed run keeps what it was started with: leave it out, or start a new "
-                    f"run with --out."
-                )
+        _keeps(self.out, self._source(), source, Sft()._source())
         return run
 
     def _examples(self, tokenizer: "Tokenizer") -> "tuple[list[DialogTokens], list[DialogTokens]]":
@@ -674,11 +689,22 @@ class Gatt:
             device=_device(self.device),
             saving=self.saving,
             trained=self.trained,
-            origin={
-                "instructions": str(self.instructions or "toy"),
-                "data": list(map(str, self.data)),
-            },
+            origin=self._source(),
         )
+
+    def _source(self) -> dict[str, Any]:
+        """What the dialogues are made of, as config.toml keeps it."""
+        return {
+            "instructions": str(self.instructions or "toy"),
+            "data": list(map(str, self.data)),
+            "n_dialogues": self.n_dialogues,
+            "n_turns": self.n_turns,
+            "last_only": self.last_only,
+            "own": self.own,
+            "max_new_tokens": self.max_new_tokens,
+            "chat_format": self.chat_format or "",
+            **{k: "" if v is None else v for k, v in asdict(self.sampling).items()},
+        }
 
     def _talks(self) -> "tuple[Tokenizer, list[Talk]]":
         """Dialogues that the model holds under instructions."""
@@ -720,7 +746,14 @@ class Gatt:
 
         run = SftRun.resume(self.out, _device(self.device), self.saving)
         assert isinstance(run, SftRun)
-        _keeps_settings(self.out, self.training, run.config, GATT_TRAINING)
+        _keeps(self.out, asdict(self.training), asdict(run.config), asdict(GATT_TRAINING))
+        started = read_toml(self.out / CONFIG)
+        base = {"model": started["base"]["path"], "trained": started["base"]["trained"]}
+        now, usual = (
+            each._source() | {"model": _place(each.model), "trained": list(each.trained)}
+            for each in (self, Gatt())
+        )
+        _keeps(self.out, now, base | started["data"], usual)
         return run
 
 
@@ -1271,6 +1304,11 @@ def main(arguments: list[str] | None = None) -> None:
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
     try:
+        if arguments and arguments[0] in OF_A_MODEL and "--model" in arguments:
+            raise ValueError(
+                f"{arguments[0]} takes its model without a flag: minillama {arguments[0]} MODEL. "
+                f"Leave --model out."
+            )
         defaults = pretrain_defaults(arguments[1:]) if arguments[:1] == ["pretrain"] else Pretrain()
         tuning = sft_defaults(arguments[1:]) if arguments[:1] == ["sft"] else Sft()
         command = tyro.cli(
@@ -1381,18 +1419,29 @@ def _keep(path: Path) -> None:
         )
 
 
-def _keeps_settings(out: Path, wanted: Any, started: Any, usual: Any = None) -> None:
-    """Raises ValueError for a flag of a resumed run that it was not started with.
+def _keeps(
+    out: Path,
+    wanted: Mapping[str, Any],
+    started: Mapping[str, Any],
+    usual: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises ValueError for a setting of a resumed run that it was not started with.
 
-    `usual` are the defaults of the flags, where these are not the settings of the run.
+    `usual` are those of a command without flags, where these are not the run's own.
     """
-    for key, value in asdict(started).items():
-        if getattr(wanted, key) not in (value, getattr(usual or started, key)):
+    for name, then in started.items():
+        now = wanted[name]
+        if now not in (then, (usual or started)[name]):
             raise ValueError(
-                f"{key} was {value} when the run in {out} was started, and is "
-                f"{getattr(wanted, key)} now. A resumed run keeps its settings: leave the flag "
-                f"out, or start a new run with --out."
+                f"{name} was {then!r} when the run in {out} was started, and is {now!r} now. A "
+                f"resumed run keeps what it was started with: leave that out, or start a new run "
+                f"with --out."
             )
+
+
+def _place(model: str | None) -> str:
+    """A model as config.toml names it: by its whole path, if it is one."""
+    return str(Path(model).absolute()) if model and Path(model).exists() else model or ""
 
 
 def _named(what: str, text: str) -> tuple[str, str]:

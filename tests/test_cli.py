@@ -99,6 +99,12 @@ def test_help_names_every_command():
         assert f" {command} " in done.stdout
 
 
+@pytest.mark.parametrize("command", ["chat", "plan", "serve"])
+def test_a_model_that_needs_no_flag_is_told_its_place(capsys, command):
+    error = one_line(capsys, command, "--model", "data/toy/chat")
+    assert f"minillama {command} MODEL. Leave --model out." in error
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as end:
@@ -255,7 +261,7 @@ def test_a_resumed_run_keeps_its_settings(capsys, book, tmp_path, flags, message
     capsys.readouterr()
     error = one_line(capsys, "pretrain", "--resume", "--out", out, *flags)
     assert message in error
-    assert "leave the flag out, or start a new run" in error
+    assert "leave that out, or start a new run" in error
 
 
 def test_there_is_no_run_to_resume_and_no_text_to_start_one(capsys, tmp_path):

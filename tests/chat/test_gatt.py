@@ -456,6 +456,26 @@ def test_the_command_resumes_to_the_same_bytes(tmp_path, base, files, capsys):
     assert (out / "checkpoint" / "model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n-turns", "3"], "n_turns was 23 when the run in"),
+        (["--temperature", "0.5"], "temperature was 0.0 when"),
+        (["--trained", "wq"], "trained was ['wq', 'wk', 'wv', 'wo'] when"),
+        (["--instructions", "other.txt"], "instructions was "),
+        (["data/toy/chat"], "model was "),
+    ],
+)
+def test_a_resumed_run_keeps_what_it_was_started_with(
+    tmp_path, base, files, capsys, flags, message
+):
+    out = tmp_path / "run"
+    main(["gatt", str(base), *files, "--out", str(out), *FLAGS])
+    with pytest.raises(SystemExit):
+        main(["gatt", *flags, "--out", str(out), "--resume", "--device", "cpu"])
+    assert message in capsys.readouterr().err
+
+
 def learned_ends(run: Path) -> int:
     """How many answers are learned, those held out for validation included."""
     found = 0

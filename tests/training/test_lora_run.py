@@ -217,9 +217,14 @@ def test_the_command_resumes_with_or_without_the_same_flags(tmp_path, base, book
         arguments = ["lora", "--resume", "--out", str(out), "--device", "cpu"]
         main(arguments if len(more) > 1 else [*arguments, str(base), "--text", str(book), *FLAGS])
         assert bytes_of(out / "adapter") == whole
-    with pytest.raises(SystemExit):
-        main(["lora", "--resume", "--out", str(out), "--device", "cpu", "--rank", "3"])
-    assert "rank was 8 when the run in" in capsys.readouterr().err
+    for flags, message in (
+        (["--rank", "3"], "rank was 8 when the run in"),
+        (["--quantize", "int8"], "quantize was '' when"),
+        (["--text", "other.txt"], "text was ["),
+    ):
+        with pytest.raises(SystemExit):
+            main(["lora", "--resume", "--out", str(out), "--device", "cpu", *flags])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
