@@ -63,7 +63,7 @@ LORA_TRAINING = TrainingConfig(
 TOY_DIALOGUES = 5000  # of the toy world, for fine-tuning: more than data/dialogues holds
 # Of Ghost Attention, on the toy world's dialogues.
 GATT_TRAINING = TrainingConfig(
-    steps=500, batch_size=1, seq_len=1152, learning_rate=1e-3, warmup_steps=20
+    steps=500, batch_size=1, seq_len=1152, learning_rate=2e-3, warmup_steps=20
 )
 TURNS = (1, 2, 4, 6, 10, 15, 20)  # at which obedience is shown
 CONFIG = "config.toml"  # of a run
@@ -134,7 +134,6 @@ class Demo:
             data=("toy",),
             out=self.out / "sft",
             preset="toy",
-            epochs=1.25,  # two make better tales, and take longer than a demo should
             training=training,
             saving=nothing,
         )
@@ -156,7 +155,7 @@ class Demo:
         for place, message in enumerate(talk.messages):
             said = f"{talk.rule.text} {message.content}" if place == 0 else message.content
             print(f"{message.role:>9}: {said}")
-        print()
+        print(f"{sum(talk.obeyed)} of {len(talk.obeyed)} answers do what the first turn says.\n")
         gatt.show_obedience(run)
         print(f"Talk to it: minillama chat {self.out / 'gatt' / 'checkpoint'}")
 
@@ -612,8 +611,9 @@ class Gatt:
     data: tuple[Path, ...] = ()  # JSON-lines files as for `minillama sft`: users' questions
     out: Path = Path("runs/gatt")  # a new folder
     resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
-    n_dialogues: int = 512  # to hold under an instruction; every tenth is for validation
+    n_dialogues: int = 1024  # to hold under an instruction; every tenth is for validation
     n_turns: int = 23  # of a dialogue, at most: a few more than it is to hold
+    shortest: int = 2  # turns that a dialogue of the toy world has at least
     last_only: bool = False  # of a dialogue one answer is learned, and not each as if it were last
     own: float = 1.0  # of the earlier answers, up to this share are the data's and not the model's
     # Matrices that change: where the model looks, and not what it knows; none: every weight.
@@ -699,6 +699,7 @@ class Gatt:
             "data": list(map(str, self.data)),
             "n_dialogues": self.n_dialogues,
             "n_turns": self.n_turns,
+            "shortest": self.shortest,
             "last_only": self.last_only,
             "own": self.own,
             "max_new_tokens": self.max_new_tokens,
@@ -717,7 +718,9 @@ class Gatt:
         model, tokenizer = self._opening.load(str(self.model))
         print(f"{self.n_dialogues:,} dialogues are held under an instruction.", flush=True)
         if not given:
-            return tokenizer, toy_talks(model, tokenizer, self.n_dialogues, self.n_turns, seed=seed)
+            n, shortest = self.n_dialogues, self.shortest
+            talks = toy_talks(model, tokenizer, n, self.n_turns, seed=seed, shortest=shortest)
+            return tokenizer, talks
         chat_format = self.chat_format or recognise(tokenizer)
         dialogues = list(read_dialogues(self.data, chat_format).values())
         questions, own = (

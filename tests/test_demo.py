@@ -76,13 +76,19 @@ def test_the_demo_ends_with_an_assistant_that_answers_and_keeps_its_instruction(
     (summary,) = re.findall(r"\n(\d+%.*a turn ago\.)", output)
     facts, about, tales_told, _, told_now, told_before = map(int, re.findall(r"(\d+)%", summary))
     assert facts >= 90
-    assert about >= 80
-    assert tales_told >= 70
+    assert about >= 85
+    assert tales_told >= 75
     assert told_now >= 90
     assert told_before <= 10
     before, after = (
         [int(share) for share in re.findall(r"(\d+)%", row)]
         for row in re.findall(r"\n((?:before|after) .*)", output)
     )
-    assert max(before[2:]) <= 30  # from turn 4 on
-    assert min(after) >= 60
+    assert max(before[1:]) <= 30
+    assert min(after) >= 70
+    assert sum(after) / len(after) >= 85
+    (kept,) = re.findall(r"\n(\d) of 8 answers do what the first turn says", output)
+    assert int(kept) >= 6
+    dialogue = output.split("Ghost Attention:")[1]
+    assert len(re.findall(r"\n *user: \w+", dialogue)) == 8
+    assert len(re.findall(r"\n *assistant: \w+", dialogue)) == 8

@@ -325,15 +325,20 @@ def toy_talks(
     split: str = "train",
     every_turn: bool = True,
     seed: int = 0,
+    shortest: int | None = None,
 ) -> list[Talk]:
     """`n` dialogues of the toy world, held by a model, as `hold` gives them.
 
     The instructions are those of a split, "train" or "held-out" (see `draw_rules`); the questions
-    were learned from or not, accordingly.
+    were learned from or not, accordingly. With `shortest` a dialogue has from so many turns up to
+    `n_turns`, each number as often.
     """
     rng = Random(seed)
     part = "train" if split == "train" else "test"
-    dialogues = [dialogue(rng, n_turns, part) for _ in range(n)]
+    least = n_turns if shortest is None else min(shortest, n_turns)
+    dialogues = [
+        dialogue(rng, least + int(rng.random() * (n_turns - least + 1)), part) for _ in range(n)
+    ]
     asked, own = (
         [[getattr(turn, of) for turn in each] for each in dialogues]
         for of in ("question", "answer")

@@ -190,8 +190,8 @@ assert_close(sum(apart), together, rtol=1e-3, atol=1e-3)
 #
 # ## Learning it
 #
-# 96 dialogues, held under instructions whose words are never tested, and 15 seconds of training.
-# (`minillama gatt` takes more of both.)
+# 192 dialogues of 2 to 20 turns, held under instructions whose words are never tested, and 15
+# seconds of training. (`minillama gatt` takes more of both.)
 
 # %% tags=["nbval-ignore-output"]
 from minillama.chat.gatt import examples
@@ -200,14 +200,14 @@ from minillama.config import TrainingConfig
 from minillama.training import make_optimizer, train
 
 rng = Random(7)
-dialogues = [dialogue(rng, 20) for _ in range(96)]
+dialogues = [dialogue(rng, 2 + n % 19) for n in range(192)]
 rules = draw_rules(instructions("train"), len(dialogues), rng)
 asked = [[turn.question for turn in each] for each in dialogues]
 own = [[turn.answer for turn in each] for each in dialogues]
 held = hold(assistant, tok, asked, rules, own=own)
 good = [answer for talked in held for answer in talked.obeyed]
 print(f"{len(good):,} answers, of which {sum(good) / len(good):.0%} obey: the others are left out")
-recipe = TrainingConfig(steps=150, batch_size=1, seq_len=1024, learning_rate=1e-3, warmup_steps=10)
+recipe = TrainingConfig(steps=150, batch_size=1, seq_len=1024, learning_rate=2e-3, warmup_steps=10)
 
 
 def learn(data):
@@ -223,7 +223,7 @@ short_run, losses = learn(examples(held, tok, Random(0)))
 print(f"loss: {sum(losses[:5]) / 5:.1f} at first, {sum(losses[-20:]) / 20:.1f} at last")
 short = show("after a short run", ask(short_run))
 assert sum(losses[-20:]) < 0.5 * 4 * sum(losses[:5])
-assert sum(short[1:10]) > sum(before[1:10]) + 1
+assert sum(short[1:10]) > sum(before[1:10]) + 5
 
 # %% [markdown]
 # We let only the matrices of *attention* change: the assistant knows all that it is to say, it has
@@ -251,35 +251,25 @@ assert all(message.content.endswith("goat.") for message in kept.messages[1::2])
 #
 # The paper's table has two rows: without GAtt 100%, 10%, 0% and 0% at turns 2, 4, 6 and 20, with it
 # 100% throughout. Ours, with error bars: three seeds of dialogues and training, from the same
-# assistant (`python benchmarks/gatt.py` printed these numbers; 128 dialogues each).
+# assistant, 128 dialogues each. That takes ten minutes, so `python benchmarks/gatt.py --out FILE`
+# has kept what it found.
 
 # %%
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
 PAPER = {2: 1.00, 4: 0.10, 6: 0.00, 20: 0.00}
-MEASURED = {  # at TURNS: mean and standard deviation
-    "without GAtt": [
-        (1.0, 0.0),
-        (0.008, 0.008),
-        (0.023, 0.008),
-        (0.01, 0.005),
-        (0.005, 0.005),
-        (0.021, 0.016),
-        (0.008, 0.008),
-    ],
-    "with GAtt": [
-        (1.0, 0.0),
-        (0.997, 0.005),
-        (1.0, 0.0),
-        (1.0, 0.0),
-        (0.995, 0.009),
-        (1.0, 0.0),
-        (0.992, 0.008),
-    ],
-}
+measured = json.loads(Path("../data/toy/obedience.json").read_text())
+assert measured["turns"] == list(TURNS)
 
 fig, ax = plt.subplots()
 for name, colour in (("without GAtt", "tab:gray"), ("with GAtt", "tab:blue")):
-    means, deviations = zip(*MEASURED[name], strict=True)
+    at_turns = list(zip(*measured[f"{name}: obeys"], strict=True))  # the seeds of each turn
+    means, deviations = (list(map(of, at_turns)) for of in (mean, stdev))
+    print(f"{name:12}", *(f"{m:.2f} ± {d:.2f}" for m, d in zip(means, deviations, strict=True)))
     ax.errorbar(TURNS, means, deviations, fmt="o-", capsize=3, color=colour, label=f"toy, {name}")
+assert min(means[TURNS.index(10)], means[TURNS.index(20)]) > 0.9
 ax.plot(list(PAPER), list(PAPER.values()), "x:", color="tab:orange", label="Llama 2, without GAtt")
 ax.plot(list(PAPER), [1.0] * 4, "+:", color="tab:red", label="Llama 2, with GAtt")
 ax.set(xlabel="turn", ylabel="share that obeys", ylim=(-0.05, 1.08), xticks=TURNS)
@@ -381,7 +371,8 @@ def with_own(share, learn_own):
             if rng.random() < share:
                 messages[2 * turn + 1] = Message("assistant", talked.own[turn])
                 learned[turn] = learn_own
-        found.append(ghost(messages, talked.rule.text, tok, learned))
+        if any(learned):
+            found.append(ghost(messages, talked.rule.text, tok, learned))
     return found
 
 
@@ -390,25 +381,25 @@ curves = {
     "half of them the dialogue's own, not learned": with_own(0.5, False),
     "half of them the dialogue's own, learned": with_own(0.5, True),
 }
-fig, ax = plt.subplots(figsize=(6, 2))
+fig, ax = plt.subplots(figsize=(6, 2.6))
 for name, data in curves.items():
     curves[name] = obedience(ask(learn(data)[0]))
     ax.plot(range(1, 21), curves[name], "o-", markersize=3, label=name)
 ax.set(xlabel="turn", ylabel="share that obeys", ylim=(-0.05, 1.05), xticks=TURNS)
-ax.legend()
+fig.legend(loc="outside lower center")
 plt.show()
 copied, read, unlearned = (sum(shares[1:]) / 19 for shares in curves.values())
 print(f"turns 2 to 20: {copied:.1f}, {read:.1f} and {unlearned:.1f} obey")
 assert unlearned < 0.5 * read
+assert copied < read
 
 # %% [markdown]
-# Learned, they teach to disobey. That is why the paper sets the loss of earlier turns to zero.
+# Learned (green), they teach to disobey. That is why the paper sets the loss of earlier turns to
+# zero.
 #
-# And not learned, they are good for something, which so short a run does not show. Without them a
-# model may copy the manner of the answer before, and need not look at the first turn at all. One
-# mistake is then handed on to the end. With all of its 500 steps, it held on to names it was not
-# trained on in a third of the dialogues without such answers, and in all with them
-# ([results](../docs/results.md)).
+# Not learned (orange), they are good for something. Where every earlier answer obeys (blue), a
+# model may copy the manner of the answer before, and need not look at the first turn at all: one
+# mistake is then handed on to the end. Where some disobey, copying does not help; it has to look.
 #
 # ## Exercises
 #

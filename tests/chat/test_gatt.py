@@ -26,6 +26,7 @@ from minillama.chat.gatt import (
     obedience,
     read_instructions,
     strongest_attention,
+    toy_talks,
 )
 from minillama.chat.sft import batches, pack, tokenise
 from minillama.checkpoint import load, save
@@ -38,6 +39,7 @@ from minillama.training import make_optimizer, train
 from minillama.training.loss import next_token_loss
 
 FORMS = ("text", "short")
+TOY_CHAT = Path(__file__).parents[2] / "data" / "toy" / "chat"
 MODEL = small_llama(max_seq_len=512)
 DIALOGUE = [
     Message("user", "Ada?"),
@@ -179,6 +181,17 @@ def test_what_cannot_be_held_is_refused_with_numbers(tok):
         hold(MODEL, tok, [["Ada?"]], [BOAT], max_new_tokens=500)
     with pytest.raises(ValueError, match="2 dialogues and 1 rules"):
         hold(MODEL, tok, [["Ada?"], ["Ben?"]], [BOAT])
+
+
+def test_dialogues_of_the_toy_world_have_as_many_turns_as_was_asked():
+    model, tokenizer = load(TOY_CHAT)
+    talks = toy_talks(model, tokenizer, 12, n_turns=4, shortest=2)
+    assert {len(talk.finished) for talk in talks} == {2, 3, 4}
+    told = toy_talks(model, tokenizer, 3, n_turns=2)
+    assert [len(talk.finished) for talk in told] == [2, 2, 2]
+    assert all(all(talk.obeyed) for talk in told)
+    (short,) = toy_talks(model, tokenizer, 1, n_turns=1, shortest=2)
+    assert len(short.finished) == 1
 
 
 def test_rules_are_drawn_by_kind_half_of_them_short_and_some_of_two():
@@ -518,7 +531,7 @@ def test_what_is_held_fits_the_rows_that_are_learned(tmp_path, base, files, caps
 
 
 def test_obedience_is_shown_before_and_after(tmp_path, base, tok, monkeypatch, capsys):
-    def as_told(model, tokenizer, n, n_turns=20, split="train", every_turn=True, seed=0):
+    def as_told(model, tokenizer, n, n_turns=20, split="train", every_turn=True, **more):
         if every_turn:
             return [talk_of("a boat", "a boat")] * n
         weight = "layers.0.attention.wq.weight"
