@@ -44,8 +44,9 @@ def absmax_int8(
     notebooks/17_quantization.ipynb.
     """
     x = x.float()
-    scale = (x.abs().amax(-1) / 127).to(scale_dtype)
-    codes = x / scale.float().clamp_min(_TINY)[..., None]  # a row of zeros has scale 0
+    # Not below the least normal number: a row of zeros divides by it, too.
+    scale = (x.abs().amax(-1) / 127).clamp_min(_TINY).to(scale_dtype)
+    codes = x / scale.float()[..., None]
     return codes.round().to(torch.int8), scale
 
 

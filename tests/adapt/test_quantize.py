@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from small import small_config, small_llama, small_tokenizer
@@ -103,11 +103,12 @@ def test_two_codes_in_a_byte():  # as bitsandbytes has them: the first is the up
 
 
 @given(matrices)
+@example(torch.tensor([[1.2967e-36]]))  # a scale below the least normal number
 def test_int8_is_off_by_half_a_step_at_most(weight):
     codes, scale = absmax_int8(weight)
     assert (codes.abs().amax(-1)[weight.abs().amax(-1) > 1e-30] == 127).all()
     error = (codes * scale[:, None] - weight).abs()
-    assert (error <= 0.5001 * scale[:, None] + 1e-37).all()
+    assert (error <= 0.5001 * scale[:, None]).all()
     # With the scale of the layer, which is rounded to bfloat16.
     layer = quantize_linear(weight, "int8")
     step = layer.scale.float()[:, None]
