@@ -873,7 +873,9 @@ class Chat:
                 "(That format is assumed: the vocabulary has no pieces of another one. A model "
                 "that was not trained on dialogues goes on writing instead of answering.)"
             )
-        chat(conversation)
+        # Another model has its own tokenizer, and no use for an adapter of this one.
+        plain = replace(self.opening, tokenizer=None, adapter=None)
+        chat(conversation, open_model=plain.load)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,8 @@ class Conversation:
     `messages` is what was said. Where it does not fit into the context any more, with room for
     `max_new_tokens` (at most half of the context) left for the answer, the oldest turns are left
     out of what the model reads; `n_forgotten` counts their messages. `cut_off` tells whether the
-    last answer met its limit. `chat_format` None takes the one that the vocabulary speaks for (see
+    last answer met its limit. A turn reads what is new; those before it stay in the cache.
+    `chat_format` None takes the one that the vocabulary speaks for (see
     `recognise`).
     Raises ValueError as `encode_dialog` and `Request` do.
     """
@@ -53,9 +54,23 @@ class Conversation:
         self.max_new_tokens, self.sampling, self.seed = max_new_tokens, sampling, seed
         self.compile = compile
         self._end_ids = [tokenizer.eos_id, end_of_answer(tokenizer, self.chat_format)]
+        self._engine: Engine | None = None  # which knows what it has read
         self.messages: list[Message] = []
         self.n_forgotten, self.cut_off = 0, False
         self.reset(system)
+
+    def change_model(
+        self, model: Llama, tokenizer: Tokenizer, chat_format: str | None = None
+    ) -> None:
+        """Go on with another model, which reads what was said so far as if it had said it.
+
+        Raises ValueError, and keeps the one before, where its format or context has no room for
+        that.
+        """
+        other = Conversation(model, tokenizer, "", chat_format, self.max_new_tokens)
+        other._fit(self.messages, Message("user", "?"))
+        self.model, self.tokenizer, self.chat_format = model, tokenizer, other.chat_format
+        self._end_ids, self._engine = other._end_ids, None
 
     def reset(self, system: str | None = None) -> None:
         """Forget what was said; ``system`` None keeps the system message.
@@ -82,14 +97,13 @@ class Conversation:
         limit = min(self.max_new_tokens, context - len(ids))
         seed = None if self.seed is None else self.seed + len(messages)
         request = Request(ids, limit, self.sampling, seed, end_ids=self._end_ids)
-        max_len = len(ids) + limit
-        engine = Engine(self.model, self.tokenizer, 1, max_len=max_len, compile=self.compile)
+        engine = self._engine_for(len(ids) + limit)
         ticket = engine.submit(request)
 
         def pieces() -> Generator[str, None, None]:
             answer = ""
             try:
-                while engine.busy:
+                while ticket.finish_reason is None:
                     engine.step()
                     piece = ticket.read()
                     piece = piece if answer else piece.lstrip()
@@ -97,11 +111,24 @@ class Conversation:
                     if piece:
                         yield piece
             finally:
+                engine.cancel(ticket)
                 if ticket.finish_reason != "error":
                     self.messages = [*messages, Message("assistant", answer.strip())]
                 self.cut_off = ticket.finish_reason == "length"
 
         return pieces()
+
+    def _engine_for(self, n: int) -> Engine:
+        """The engine of the turns before, if it has room for n tokens and nothing else to do.
+
+        A new one has room for more, so that few turns need another.
+        """
+        if self._engine is None or self._engine.context < n or self._engine.busy:
+            room = min(max(2 * n, 1024), self.model.config.max_seq_len)
+            self._engine = Engine(
+                self.model, self.tokenizer, 1, max_len=room, compile=self.compile, keep=True
+            )
+        return self._engine
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the messages as JSON. FileExistsError where something stands already."""

@@ -4,10 +4,15 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 
 from minillama.chat.conversation import Conversation
+from minillama.model import Llama
+from minillama.tokenizer import Tokenizer
+
+Open = Callable[[str], tuple[Llama, Tokenizer]]
 
 HELP = """\
 /system TEXT   say how the model is to behave, and start anew (without TEXT: without such a message)
 /reset         forget what was said; the system message stays
+/model NAME    go on with another model: a checkpoint, or a name that `minillama fetch` lists
 /save FILE     write the conversation to a new file
 /load FILE     go on with a conversation that was saved
 /help          this list
@@ -15,11 +20,16 @@ HELP = """\
 Ctrl-C stops an answer. A line that starts with // is sent with one slash less."""
 
 
-def chat(conversation: Conversation, read: Callable[[str], str] | None = None) -> None:
+def chat(
+    conversation: Conversation,
+    read: Callable[[str], str] | None = None,
+    open_model: Open | None = None,
+) -> None:
     """Read questions and commands until the input ends, and print the answers as they come.
 
     What cannot be done is said, and the conversation goes on. ``read`` gets the prompt and returns
-    a line, or raises EOFError, as `input` does, which is the default.
+    a line, or raises EOFError, as `input` does, which is the default. ``open_model`` opens the
+    models that /model names; without it there is no such command.
     """
     with suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  (arrow keys edit the line and bring back earlier ones)
@@ -38,7 +48,7 @@ def chat(conversation: Conversation, read: Callable[[str], str] | None = None) -
                 command, _, argument = line[1:].partition(" ")
                 if command in ("quit", "exit"):
                     return
-                print(obey(conversation, command, argument.strip()))
+                print(obey(conversation, command, argument.strip(), open_model))
                 forgotten = 0
             elif line.strip():
                 pieces = conversation.ask(line.removeprefix("/"))
@@ -67,7 +77,9 @@ def answer(pieces: Generator[str, None, None]) -> None:
     print()
 
 
-def obey(conversation: Conversation, command: str, argument: str) -> str:
+def obey(
+    conversation: Conversation, command: str, argument: str, open_model: Open | None = None
+) -> str:
     """Do what a command says, and tell what was done. Raises ValueError for an unknown one."""
     if command == "help":
         return HELP
@@ -81,6 +93,11 @@ def obey(conversation: Conversation, command: str, argument: str) -> str:
             if argument
             else "(A new conversation.)"
         )
+    if command == "model" and open_model:
+        if not argument:
+            raise ValueError("Name a checkpoint, or a model that was fetched: /model NAME.")
+        conversation.change_model(*open_model(argument))
+        return f"({argument} goes on, in the chat format {conversation.chat_format}.)"
     if command in ("save", "load") and not argument:
         raise ValueError(f"Name a file: /{command} FILE.")
     if command == "save":

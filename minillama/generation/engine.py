@@ -2,6 +2,8 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
+from operator import eq
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
@@ -46,11 +48,17 @@ class Engine:
     With `adapters`, which stand beside the model's layers, each request goes through the one that
     it names, or through none.
 
+    With `keep`, the one row remembers what it has read: a prompt that begins as the request before
+    it is read from where they part. A dialogue repeats itself so, turn by turn. What was computed
+    token by token then stands where a prompt is read at once, so an answer equals the one without
+    `keep` but for rounding.
+
     `max_len` limits prompt and answer together, in tokens; None is the model's context. The cache
     takes rows * max_len * config.cache_elements_per_token numbers, at once.
-    Raises ValueError for a tokenizer or draft of another model, and for adapters together with
-    `compile`. Source of continuous batching: Yu et al. 2022, sec. 3 (Orca, OSDI); of chunks:
-    Agrawal et al. 2023 (arXiv:2308.16369). Built in notebooks/09_generation.ipynb.
+    Raises ValueError for a tokenizer or draft of another model, for adapters together with
+    `compile`, and for `keep` with adapters, a draft or more rows than one.
+    Source of continuous batching: Yu et al. 2022, sec. 3 (Orca, OSDI); of chunks: Agrawal et al.
+    2023 (arXiv:2308.16369). Built in notebooks/09_generation.ipynb.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class Engine:
         n_draft: int = 4,
         compile: bool = False,
         adapters: Adapters | None = None,
+        keep: bool = False,
     ) -> None:
         numbers = {
             "rows": rows,
@@ -93,8 +102,16 @@ class Engine:
                 "A compiled step has one function for all rows, while adapters differ from row to "
                 "row: leave out compile, or `merge` one adapter into the weights."
             )
+        if keep and (rows > 1 or draft is not None or adapters is not None):
+            raise ValueError(
+                f"keep is for one row without a draft and adapters, but this engine has {rows} "
+                f"rows{' and a draft' * (draft is not None)}"
+                f"{' and adapters' * (adapters is not None)}."
+            )
         self.tokenizer = tokenizer
         self.adapters = adapters
+        self._keep = keep
+        self._kept: list[int] = []  # the ids that the free row still holds
         self.prefill_chunk = prefill_chunk
         self.n_draft = n_draft
         self._rows = rows
@@ -186,6 +203,11 @@ class Engine:
             if self._reading and longest * (len(self._reading) + 1) > self.prefill_chunk:
                 return
             self._reading.append(self._waiting.popleft())
+        if self._kept and self._reading:
+            (ticket,) = self._reading
+            pairs = zip(self._kept, ticket.ids[:-1], strict=False)  # the last gives the logits
+            known = sum(1 for _ in takewhile(lambda pair: eq(*pair), pairs))
+            self._decoders[0].lengths[0], self._kept = known, []
 
     def _sweep(self) -> None:
         """Forget the requests that have ended. The last running row takes the place of each."""
@@ -199,6 +221,8 @@ class Engine:
             if self._running[row].finish_reason == "error":
                 for decoder in self._decoders:
                     decoder.clear(row)
+            if self._keep:
+                self._kept = self._running[row].ids[: self._decoders[0].lengths[row]]
             last = len(self._running) - 1
             self._running[row] = self._running[last]
             self._running.pop()

@@ -7,7 +7,7 @@ from small import small_llama
 from minillama.chat import Conversation, Message, encode_dialog
 from minillama.chat.conversation import read_messages
 from minillama.config import Sampling
-from minillama.generation import Engine, Request, generate
+from minillama.generation import Decoder, Engine, Request, generate
 
 MODEL = small_llama(max_seq_len=256)
 GREEDY = Sampling()
@@ -29,6 +29,57 @@ def test_the_model_reads_what_was_said_and_its_answer_is_remembered(tok):
         assert not pieces[0].startswith(" ")
         said.append(Message("assistant", alone.text.strip()))
         assert talk.messages == said
+
+
+def test_a_turn_reads_only_what_is_new(tok, monkeypatch):
+    read = []
+    prefill = Decoder.prefill
+
+    def counted(self, first, ids):
+        read.append(len(ids[0]))
+        return prefill(self, first, ids)
+
+    monkeypatch.setattr(Decoder, "prefill", counted)
+    talk, n_before = conversation(tok), 0
+    talk.max_new_tokens = 4
+    for question in ("Ben had a boat?", "Jon had a lamp?", "Ida?", "Ada?"):
+        "".join(talk.ask(question))
+        n_prompt = len(encode_dialog(talk.messages[:-1], tok).ids)
+        # An answer's text may be other tokens than those that were drawn: it is read again.
+        assert n_prompt - n_before <= sum(read) <= n_prompt - n_before + 8
+        n_before, read = n_prompt, []
+    assert n_before > 100  # so much was read in all
+
+
+def test_another_question_in_between_does_no_harm(tok):
+    talk, expected = conversation(tok), conversation(tok)
+    left = talk.ask("Jon?")  # nobody reads the answer
+    assert list(talk.ask("Ben?")) == list(expected.ask("Ben?"))
+    assert "".join(left).strip()
+
+
+def test_another_model_goes_on_with_what_was_said(tok):
+    other, talk = small_llama(1, max_seq_len=256), conversation(tok, system="Ada")
+    "".join(talk.ask("Ben?"))
+    said = [*talk.messages, Message("user", "Jon?")]
+    talk.change_model(other, tok)
+    answer = "".join(talk.ask("Jon?"))
+    (alone,) = generate(other, tok, [encode_dialog(said, tok).ids], max_new_tokens=12)
+    assert answer.strip() == alone.text.strip()
+    assert talk.messages[:-1] == said
+    (first,) = generate(MODEL, tok, [encode_dialog(said, tok).ids], max_new_tokens=12)
+    assert first.text.strip() != answer.strip()
+
+
+def test_a_model_that_cannot_go_on_does_not(tok):
+    talk = conversation(tok, system="Ben had a boat, and Ida had a lamp.")
+    "".join(talk.ask("Ben?"))
+    before = list(talk.messages)
+    with pytest.raises(ValueError, match="there is room for"):
+        talk.change_model(small_llama(max_seq_len=32), tok)
+    assert talk.model is MODEL
+    assert talk.messages == before
+    assert "".join(talk.ask("Jon?"))
 
 
 def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(tok):

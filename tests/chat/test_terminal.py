@@ -76,6 +76,34 @@ def test_what_cannot_be_done_is_said_and_the_session_goes_on(tok, capsys, line, 
     assert [m.role for m in talk.messages] == ["user", "assistant"]
 
 
+def test_another_model_goes_on(tok, capsys):
+    talk, other = conversation(tok), small_llama(1, max_seq_len=256)
+
+    def opened(name: str):
+        if name != "b":
+            raise FileNotFoundError(f"There is no {name}.")
+        return other, tok
+
+    given = iter(["Ben?", "/model", "/model c", "/model b", "Jon?", EOFError])
+
+    def read(prompt: str) -> str:
+        line = next(given)
+        if line is EOFError:
+            raise EOFError
+        return line
+
+    chat(talk, read, opened)
+    shown = capsys.readouterr().out
+    for told in (
+        "(Name a checkpoint, or a model that was fetched: /model NAME.)",
+        "(There is no c.)",
+        "(b goes on, in the chat format llama2.)",
+    ):
+        assert told in shown
+    assert talk.model is other
+    assert [m.role for m in talk.messages] == ["user", "assistant"] * 2
+
+
 def test_slashes_are_sent_when_doubled_and_quit_leaves(tok, capsys):
     talk = conversation(tok)
     say(talk, "//Ben?", "/quit", "Jon?")
@@ -136,6 +164,10 @@ def test_a_session_with_a_checkpoint(feed, tmp_path):
     assert again[2] == first[2]  # the same seed
     settings += ["--chat-format", "llama2"]
     assert feed(tmp_path / "model", *settings, lines=["Ben?"])[1] == first[2]
+    save(tmp_path / "other", small_llama(1, max_seq_len=64), small_tokenizer())
+    both = feed(tmp_path / "model", *settings, lines=[f"/model {tmp_path / 'other'}", "Ben?"])
+    assert both[1].endswith("other goes on, in the chat format llama2.)")
+    assert both[2] != first[2]
 
 
 def test_a_format_that_the_vocabulary_lacks_ends_with_one_text(feed, tmp_path, capsys):

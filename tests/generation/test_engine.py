@@ -8,7 +8,7 @@ from small import NAMES, small_llama, small_tokenizer
 from torch.testing import assert_close
 
 from minillama.config import Sampling
-from minillama.generation import Completion, Engine, Request, generate, sample, stream
+from minillama.generation import Completion, Decoder, Engine, Request, generate, sample, stream
 from minillama.model import Llama
 from minillama.tokenizer import StreamDecoder
 
@@ -726,3 +726,77 @@ def test_the_neighbours_of_a_broken_row_do_not_notice(rows):
     assert tickets[1].finish_reason == "error"
     sound = generate(MODEL, TOKENIZER, [*prompts[:1], *prompts[2:]], 12)
     assert [tickets[i].completion() for i in (0, 2, 3)] == sound
+
+
+# --- A row that remembers -------------------------------------------------------------------------
+
+
+def answers(engine: Engine, prompts: list[list[int]], limit: int = 6) -> list[list[int]]:
+    """Each prompt continued after the one before has ended."""
+    found = []
+    for prompt in prompts:
+        ticket = engine.submit(Request(prompt, limit))
+        while engine.busy:
+            engine.step()
+        found.append(ticket.token_ids)
+    return found
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=20), min_size=2, max_size=6),
+    chunk=st.sampled_from([1, 4, 512]),
+)
+@settings(deadline=None, max_examples=20)
+def test_what_was_read_before_changes_no_answer(prompts, chunk):
+    engine = Engine(MODEL, TOKENIZER, 1, chunk, keep=True)
+    alone = [answers(Engine(MODEL, TOKENIZER, 1, chunk), [prompt])[0] for prompt in prompts]
+    assert answers(engine, prompts) == alone
+
+
+def test_only_what_is_new_is_read(monkeypatch):
+    read = []
+    prefill = Decoder.prefill
+
+    def counted(self, first, ids):
+        read.append(list(ids[0]))
+        return prefill(self, first, ids)
+
+    monkeypatch.setattr(Decoder, "prefill", counted)
+    engine, prompt = Engine(MODEL, TOKENIZER, 1, keep=True), [5, 6, 7, 8]
+    (answer,) = answers(engine, [prompt])
+    longer = [*prompt, *answer, 9, 10]
+    answers(engine, [longer, longer, [5, 6, 9], [4]])
+    # The last token of an answer was drawn and never read; that of a prompt gives the logits.
+    assert read == [prompt, [answer[-1], 9, 10], [10], [9], [4]]
+
+
+def test_a_cancelled_request_leaves_no_trace():
+    engine, prompt = Engine(MODEL, TOKENIZER, 1, prefill_chunk=4, keep=True), [5, 6, 7, 8, 9, 10]
+    for n_steps in (1, 2, 4):  # half a prompt is read; it is read; the answer has begun
+        ticket = engine.submit(Request([*prompt, n_steps + 20], 6))
+        for _ in range(n_steps):
+            engine.step()
+        engine.cancel(ticket)
+        assert answers(engine, [prompt]) == answers(Engine(MODEL, TOKENIZER, 1), [prompt])
+    other = engine.submit(Request(prompt[::-1], 6))
+    engine.step()  # half of it stands where `prompt` stood
+    engine.cancel(other)
+    assert answers(engine, [prompt]) == answers(Engine(MODEL, TOKENIZER, 1), [prompt])
+
+
+def test_what_was_no_number_is_not_kept():
+    broken = small_llama()
+    engine = Engine(broken, TOKENIZER, 1, keep=True)
+    weight = broken.layers[0].attention.wv.weight
+    sound = weight.clone()
+    weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="are no numbers"):
+        answers(engine, [[5, 6, 7]])
+    weight.copy_(sound)
+    assert answers(engine, [[5, 6, 7]]) == answers(Engine(MODEL, TOKENIZER, 1), [[5, 6, 7]])
+
+
+@pytest.mark.parametrize("more", [{"rows": 2}, {"rows": 1, "draft": MODEL}])
+def test_only_a_single_row_remembers(more):
+    with pytest.raises(ValueError, match="keep is for one row"):
+        Engine(MODEL, TOKENIZER, keep=True, **more)
