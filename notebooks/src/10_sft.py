@@ -36,8 +36,8 @@ for completion in generate(base, tok, [question], max_new_tokens=30):
     print(question, "→", completion.text)
 
 # %% [markdown]
-# It tells on. That is all it was ever taught. How good would it have to be? In the toy world a
-# function knows: `dialogue` asks questions of one kind or another, and `is_right` says whether an
+# It tells on. That is all it was ever taught. How do we judge an answer? In the toy world a
+# function can: `dialogue` asks questions of one kind or another, and `is_right` says whether an
 # answer is right. A hundred questions that no training dialogue below contains are our exam.
 
 # %%
@@ -73,7 +73,8 @@ print("right answers of the pretrained model: none")
 # ```
 #
 # `<s>` and `</s>` are the tokens BOS and EOS, two ids of their own. `[INST]` and the others are
-# plain text, and the vocabulary spells them with ordinary pieces. One turn, by hand:
+# plain text, and the vocabulary spells them with ordinary pieces and bytes (`<0x5B>` is the byte of
+# `[`). One turn, by hand:
 
 # %%
 asked, said = "Who had the kite?", "Ida had the kite."
@@ -106,7 +107,8 @@ except ValueError as error:
 #
 # The paper did "zero-out the loss on tokens from the user prompt". The model *reads* the question,
 # and *learns* the answer with the EOS that ends it. Below, what is learned is orange. (The lone `▁`
-# before EOS is a space that Meta's format has there; without it nothing would lead to the EOS.)
+# before EOS is a space that Meta's format has there. It is learned, too: else nothing would lead to
+# the EOS.)
 
 # %%
 messages = [
@@ -174,7 +176,7 @@ print("the loss of the answers alone, by hand and the package's: the same")
 
 # %% [markdown]
 # Nothing else changes: the training step is that of pretraining. Logits are computed only where
-# there is a target, which saves most of the head's work: here is how little that is.
+# there is a target, which saves most of the head's work: below, two of three positions.
 #
 # ## Packing
 #
@@ -275,7 +277,7 @@ print("with other positions and the same mask: the same logits")
 # ## Train it
 #
 # The paper's recipe for 7B to 70B: learning rate 2e-5 with a cosine, weight decay 0.1, 64 rows of
-# 4,096 tokens a step, two epochs. For the toy a hundred times that rate, and small steps.
+# 4,096 tokens a step, two epochs. For the toy 150 times that rate, and 8 rows of 256.
 
 # %%
 from minillama.chat.sft import batches
@@ -326,7 +328,7 @@ assert not talk.cut_off  # it ended its answer itself
 # ## What breaks without it
 #
 # **Without the mask**, all tokens are learned, the users' as well. **Without EOS**, the answer is
-# learned, and not its end. Same dialogues, same number of steps.
+# learned, and not its end. Same dialogues; the second gets half the steps, enough to see it.
 
 
 # %%
@@ -354,30 +356,32 @@ print("EOS not learned: the answer goes on until it is cut off")
 
 # %% [markdown]
 # Who asks what, nobody can guess: in that part of the text there is little to learn. But it has
-# most of the targets, and so most of the gradient, more and more of it as the answers get better.
+# most of the targets, and so most of the loss, and a larger share as the answers get better.
 
 
 # %%
 def share_of_questions(model):
     """Of the loss on all tokens, the share that is not the answers'."""
-    batch = as_batch(pack(examples_of(dialogue(Random(n), 2, "test") for n in range(40)), 256))
-    everywhere = replace(batch, targets=batch.tokens.roll(-1, 1))
+    asked = examples_of(dialogue(Random(n), 2, "test") for n in range(40))
     with torch.no_grad():
-        return 1 - (batch_loss(model, batch) / batch_loss(model, everywhere)).item()
+        answered = batch_loss(model, as_batch(pack(asked, 256)))
+        said = batch_loss(model, as_batch(pack(map(everything, asked), 256)))
+    return 1 - (answered / said).item()
 
 
-print(f"before training: {share_of_questions(base):.0%} of the loss")
-assert share_of_questions(parrot) > 0.95
-print("after it:        more than 95%")
+before = share_of_questions(base)
+print(f"before training: {before:.0%} of the loss")
+assert share_of_questions(parrot) > before + 0.03
+print("after it:        more than that")
 
 # %% [markdown]
 # ## Quality is all you need
 #
 # So says a headline of the paper. It had millions of public examples, "many of these have
 # insufficient diversity and quality", set them aside, and took 27,540 good ones. In the toy world
-# we can measure what a wrong answer costs: we put an answer to some other question in the place of
-# the right one, in a half or in 70% of 1,500 dialogues, and on the other side we take only a few
-# dialogues, all of them right. The number of steps is the same for all.
+# we can measure what a wrong answer costs: in 1,500 dialogues we replace half of the answers, or
+# 70% of them, by answers to other questions; and on the other side we take only a few dialogues,
+# all of them right. The number of steps is the same for all.
 
 
 # %%
@@ -408,20 +412,21 @@ right.set(title="from how many dialogues")
 plt.show()
 assert found["clean"][300] > found["noisy"][0.5] > found["noisy"][0.7]
 assert found["clean"][1500] > found["noisy"][0.5] + 5
-print("300 right dialogues teach more than 1,500 of which half are wrong")
+print("300 right dialogues teach more than 1,500 in which half of the answers are wrong")
 
 # %% [markdown]
-# Among those 1,500 there are 750 right ones, more than twice the 300. But the model cannot tell
-# them from the others: with the rest of its steps it learns things that are not so. Thirty
-# dialogues, on the other hand, are learned by heart; what carries over to other questions needs
-# enough different ones. Good *and* diverse, says the paper, and then a few will do.
+# Among their 3,000 answers 1,500 are right, more than twice the 600 of the 300 dialogues. But the
+# model cannot tell them from the others: with the rest of its steps it learns things that are not
+# so. Thirty dialogues, on the other hand, are learned by heart; what carries over to other
+# questions needs enough different ones. Good *and* diverse, says the paper, and then a few will do.
 #
 # ## A run, and a longer context
 #
 # Real fine-tuning takes hours, so it wants what pretraining has: a folder, a log, states to resume
 # from. `SftRun` is a pretraining run on packed rows. Its model may get a longer context than its
-# base: RoPE has angles for all positions, and training gives them their sense. Meta's authors first
-# tried this with LLaMA 1, made for 2,048 tokens, and dialogues of 4,096.
+# base: RoPE has angles for all positions, and training gives them their sense (if the dialogues are
+# that long, which these are not). Meta's authors first tried this with LLaMA 1, made for 2,048
+# tokens, and dialogues of 4,096.
 
 # %%
 from pathlib import Path
@@ -479,6 +484,7 @@ def n_rows_in_order(lengths, seq_len):
 
 # %% tags=["check-2", "raises-exception"]
 assert n_rows_in_order([3, 4, 5, 1], 8) == 2
+assert n_rows_in_order([5, 4, 3, 4], 8) == 3  # only the last row is open
 assert n_rows_in_order([5, 4, 3, 1, 8], 8) == 3
 simple = n_rows_in_order(lengths, 256)
 print(f"in order {simple} rows, best fit {len(rows)}")

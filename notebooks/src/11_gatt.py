@@ -9,6 +9,7 @@
 # **Module** `minillama/chat/gatt.py`
 
 # %%
+from itertools import pairwise
 from random import Random
 
 import matplotlib.pyplot as plt
@@ -56,7 +57,8 @@ assert not any(answer.endswith("goat.") for answer in answers[1:])
 # %% [markdown]
 # It obeys at once, and has forgotten a turn later. Is that this one order, and this dialogue? The
 # toy world can tell: it has three kinds of orders (begin with a name, say what you love, end with a
-# word), and a function that checks each of them. `hold` asks 32 dialogues of 20 turns at once.
+# word), half of them in few words ("First: Rosa."), and a function that checks each. `hold` asks 32
+# dialogues of 20 turns at once.
 
 # %%
 from minillama.chat.gatt import draw_rules, hold, obedience
@@ -101,8 +103,9 @@ assert min(told[:10]) > 0.8
 #
 # ## By hand
 #
-# One dialogue of three turns. First, the instruction is put in front of every question (behind the
-# first one in its short form, which fits better into the context), and the model answers:
+# One dialogue of three turns. First, the instruction is put in front of every question, and the
+# model answers. (The later questions get its short form. That is ours, to save context; the paper
+# repeats the same instruction, and shortens half of them everywhere.)
 
 # %%
 three = [turn.question for turn in dialogue(Random(8), 3)]
@@ -230,7 +233,7 @@ assert sum(short[1:10]) > sum(before[1:10]) + 5
 # to look elsewhere. If every weight may change, it learns the few words of these instructions by
 # heart instead, and says them where it is told others ([results](../docs/results.md)).
 #
-# The stored checkpoint `data/toy/gatt` is what the command makes in some minutes:
+# The stored checkpoint `data/toy/gatt` is what the command makes in two minutes:
 #
 #     minillama gatt data/toy/chat --out runs/toy-gatt
 #
@@ -247,7 +250,7 @@ kept = talk(ghosted)
 assert all(message.content.endswith("goat.") for message in kept.messages[1::2])
 
 # %% [markdown]
-# ## The figure of the paper
+# ## The table of the paper, drawn
 #
 # The paper's table has two rows: without GAtt 100%, 10%, 0% and 0% at turns 2, 4, 6 and 20, with it
 # 100% throughout. Ours, with error bars: three seeds of dialogues and training, from the same
@@ -268,10 +271,12 @@ for name, colour in (("without GAtt", "tab:gray"), ("with GAtt", "tab:blue")):
     at_turns = list(zip(*measured[f"{name}: obeys"], strict=True))  # the seeds of each turn
     means, deviations = (list(map(of, at_turns)) for of in (mean, stdev))
     print(f"{name:12}", *(f"{m:.2f} ± {d:.2f}" for m, d in zip(means, deviations, strict=True)))
-    ax.errorbar(TURNS, means, deviations, fmt="o-", capsize=3, color=colour, label=f"toy, {name}")
+    style = {"fmt": "o-", "markersize": 4, "capsize": 3, "color": colour}
+    ax.errorbar(TURNS, means, deviations, **style, label=f"toy, {name}")
 assert min(means[TURNS.index(10)], means[TURNS.index(20)]) > 0.9
-ax.plot(list(PAPER), list(PAPER.values()), "x:", color="tab:orange", label="Llama 2, without GAtt")
-ax.plot(list(PAPER), [1.0] * 4, "+:", color="tab:red", label="Llama 2, with GAtt")
+front = {"markersize": 9, "zorder": 3}
+ax.plot(PAPER.keys(), PAPER.values(), "x:", color="tab:orange", label="Llama 2, no GAtt", **front)
+ax.plot(PAPER.keys(), [1.0] * 4, "+:", color="tab:red", label="Llama 2, with GAtt", **front)
 ax.set(xlabel="turn", ylabel="share that obeys", ylim=(-0.05, 1.08), xticks=TURNS)
 ax.legend(ncols=2, loc="center")
 plt.show()
@@ -282,9 +287,9 @@ plt.show()
 #
 # ## Where does it look?
 #
-# In the paper's second figure each row is a token of the dialogue, each column a token that it can
-# look back at, and the colour is the *strongest* attention in the whole network: the maximum over
-# all heads of all layers. Neighbouring tokens are put into one bin.
+# In the paper's figure of attention each row is a token of the dialogue, each column a token that
+# it can look back at, and the colour is the *strongest* attention in the whole network: the maximum
+# over all heads of all layers. Neighbouring tokens are put into one bin.
 #
 # By hand for one head, then over all of them:
 
@@ -332,18 +337,18 @@ plt.show()
 
 # %% [markdown]
 # On the left, each turn sees itself and the one before. On the right a column has appeared: every
-# turn looks back at the order. How strongly? At each token of an answer we take the
-# strongest look at any of the instruction's words, and of these the mean over the answer.
+# turn looks back at the order. How strongly? Of each answer we take the strongest look of any token
+# at any word of the instruction. (Both models read the same dialogue, the one held after GAtt.)
 
 
 # %%
 def looks(square, conversation):
-    n_told, means = len(tok.encode(order)), []
+    n_told, strongest = len(tok.encode(order)), []
     for turn in range(2, 2 * len(questions) + 2, 2):
         end = len(encode_dialog(conversation.messages[:turn], tok).ids)
         asked = len(encode_dialog(conversation.messages[: turn - 1], tok).ids)
-        means.append(square[asked - 1 : end - 1, 8 : 8 + n_told].amax(-1).mean().item())
-    return means
+        strongest.append(square[asked - 1 : end - 1, 8 : 8 + n_told].max().item())
+    return strongest
 
 
 fig, ax = plt.subplots(figsize=(6, 2))
@@ -352,14 +357,28 @@ for name, square in maps.items():
 ax.set(xlabel="turn", ylabel="attention to the order", ylim=(0, None))
 ax.legend()
 plt.show()
-assert looks(maps["after"], kept)[-1] > looks(maps["before"], kept)[-1]
+assert min(looks(maps["after"], kept)) > 0.9
+assert min(looks(maps["before"], kept)) < 0.3
 
 # %% [markdown]
+# After GAtt one token of every answer looks at the order with all it has. Which one?
+
+# %%
+asked, end = (len(encode_dialog(kept.messages[:n], tok).ids) for n in (11, 12))
+seen = maps["after"][asked - 1 : end - 1, 8 : 8 + len(tok.encode(order))].amax(-1)
+looking = tok.pieces[encode_dialog(kept.messages, tok).ids[asked - 1 + int(seen.argmax())]]
+print(f"in the last answer: {looking!r}")
+assert looking == ","
+
+# %% [markdown]
+# The comma, behind which the word must come.
+#
 # ## What breaks: answers that disobey, and are learned
 #
-# In the training data some of the earlier answers are the dialogue's own, from before anybody gave
-# an instruction. Behind one they *disobey*, and carry no loss. What are they good for, and what if
-# they were learned, too? Three assistants, of the same dialogues:
+# In our training data (`own` above; the paper does not say so) some of the earlier answers are the
+# dialogue's own, from before anybody gave an instruction. Behind one they *disobey*, and carry no
+# loss. What are they good for, and what if they were learned, too? Three assistants, of the same
+# dialogues:
 
 
 # %% tags=["nbval-ignore-output"]
@@ -382,24 +401,35 @@ curves = {
     "half of them the dialogue's own, learned": with_own(0.5, True),
 }
 fig, ax = plt.subplots(figsize=(6, 2.6))
+handed_on = {}
 for name, data in curves.items():
-    curves[name] = obedience(ask(learn(data)[0]))
+    talked = ask(learn(data)[0])
+    curves[name] = obedience(talked)
+    pairs = [pair for each in talked for pair in pairwise(each.obeyed)]
+    for before_it in (True, False):
+        now = [obeyed for last, obeyed in pairs if last is before_it]
+        handed_on[name, before_it] = sum(now) / max(len(now), 1)
     ax.plot(range(1, 21), curves[name], "o-", markersize=3, label=name)
 ax.set(xlabel="turn", ylabel="share that obeys", ylim=(-0.05, 1.05), xticks=TURNS)
 fig.legend(loc="outside lower center")
 plt.show()
+for before_it, shown in ((True, "obeys"), (False, "does not")):
+    shares = [f"{share:.0%}" for (_, was), share in handed_on.items() if was is before_it]
+    blue, orange, green = shares
+    print(f"behind an answer that {shown:8}: blue {blue}, orange {orange}, green {green} obey")
 copied, read, unlearned = (sum(shares[1:]) / 19 for shares in curves.values())
 print(f"turns 2 to 20: {copied:.1f}, {read:.1f} and {unlearned:.1f} obey")
 assert unlearned < 0.5 * read
 assert copied < read
 
 # %% [markdown]
-# Learned (green), they teach to disobey. That is why the paper sets the loss of earlier turns to
-# zero.
+# Learned (green), they teach to disobey. The paper speaks of a mismatch between the last answer and
+# those before it, and sets the loss of these to zero; here is what it can cost.
 #
 # Not learned (orange), they are good for something. Where every earlier answer obeys (blue), a
 # model may copy the manner of the answer before, and need not look at the first turn at all: one
-# mistake is then handed on to the end. Where some disobey, copying does not help; it has to look.
+# mistake is then handed on to the end, as the second line says. Where some disobey, copying does
+# not help; it has to look.
 #
 # ## Exercises
 #
@@ -437,13 +467,16 @@ def shares_learned(n):
 # %% tags=["check-2", "raises-exception"]
 apart, together = shares_learned(20)
 assert abs(apart - 20 * 9 / (40 * 210)) < 1e-9
+assert abs(shares_learned(3)[0] - 27 / 240) < 1e-9
+assert shares_learned(1) == (9 / 40, 9 / 40)
 assert abs(together / apart - 10.5) < 1e-9
 print("exercise 2: correct")
 
 # %% [markdown]
 # **3. A rule of your own.** Anything with `kind`, `text`, `short` and `obeys` is an instruction.
-# Write one that wants the answer to name an animal of the toy world (`ANIMALS`), and ask the
-# assistant whether it obeys, although nobody taught it to.
+# Write one that wants the answer to name an animal of the toy world
+# (`minillama.data.tales.ANIMALS`). Then ask the assistant whether it obeys, although nobody taught
+# it to: `draw_rules([NamesAnAnimal()], 1, Random(0))` makes a rule of it, which `hold` takes.
 
 
 # %% tags=["exercise-3"]
@@ -455,7 +488,9 @@ class NamesAnAnimal:
 
 
 # %% tags=["check-3", "raises-exception"]
-assert NamesAnAnimal().obeys("The goat had it.")
+from minillama.data.tales import ANIMALS
+
+assert all(NamesAnAnimal().obeys(f"The {animal} had it.") for animal in ANIMALS)
 assert not NamesAnAnimal().obeys("Max had the boat.")
 assert not NamesAnAnimal().obeys("Nobody was foxed by the beard.")
 print("exercise 3: correct")

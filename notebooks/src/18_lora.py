@@ -95,7 +95,7 @@ assert found < 1.5
 # That works. But look at the bill. While it learned, each weight had a gradient and AdamW's two
 # averages: four numbers instead of one. And now there are two models to keep, the old and the new.
 # For the toy that is nothing. For Llama 2 7B it is a second file of 13 GB, for each manner of
-# speaking, and more memory than any single GPU has (notebook 8).
+# speaking, and more memory than the 80 GB of an A100 (notebook 8).
 #
 # ## How much of the change matters?
 #
@@ -296,7 +296,7 @@ print("without its adapter, the model is the old one, to the last bit")
 # learning rate whatever the gradient, twice the alpha is about twice the learning rate for $B$.
 # Then why divide by $r$? So that a rate that was found at one rank does for others. Here is how far
 # the outputs move in one step, with AdamW's first step from notebook 8 (each entry of $B$ by one
-# learning rate, in the direction of its gradient's sign):
+# learning rate, against its gradient's sign):
 
 
 # %%
@@ -314,7 +314,7 @@ moved = {name: [first_step(r, scale(r)) for r in tried] for name, scale in rules
 fig, ax = plt.subplots(figsize=(6, 2))
 for name, lengths in moved.items():
     ax.loglog(tried, [length / lengths[0] for length in lengths], "o-", label=name)
-ax.set(title="one step", xlabel="rank", ylabel="how far outputs move")
+ax.set(title="one step", xlabel="rank", ylabel="outputs move (rank 1 = 1)")
 ax.set_xticks(tried, tried)
 ax.minorticks_off()
 ax.legend()
@@ -365,9 +365,9 @@ with torch.no_grad():
 assert differ > 0.1
 
 # %% [markdown]
-# Each sum rounds, and what was rounded off is gone. Merge and subtract a hundred times, and the
-# errors add up. So `merge` does not subtract: it puts the old layers aside, and `unmerge` puts them
-# back. (Who merges for good lets go of them.)
+# Each sum rounds, and what was rounded off is gone. Merge and subtract a hundred adapters, one
+# after the other, and the errors add up. So `merge` does not subtract: it puts the old layers
+# aside, and `unmerge` puts them back. (Who merges for good lets go of them.)
 #
 # ## Memory: before and after
 #
@@ -478,10 +478,10 @@ assert told[2].count("!") > told[2].count(".")
 #
 # ## What breaks: an adapter in another's layout
 #
-# The library `peft` writes adapters as two files, and so do we, so that they go both ways.
-# Remember from notebook 2 that Hugging Face keeps the rows of wq and wk in another order. $B$ makes
-# these rows, so it must be reordered with them; $A$ and all other layers are as they are. If one
-# forgets, all shapes fit, and nothing complains:
+# The library `peft` writes an adapter as two files. We write the same two, and their checksums
+# beside them, so that adapters go both ways. Remember from notebook 2 that Hugging Face keeps the
+# rows of wq and wk in another order. $B$ makes these rows, so it must be reordered with them; $A$
+# and all other layers are as they are. If one forgets, all shapes fit, and nothing complains:
 
 # %%
 from minillama.checkpoint.huggingface import halves_from_pairs
@@ -511,8 +511,9 @@ for name, layers in (("right", back.layers), ("forgotten", forgotten)):
 assert losses["forgotten"] > losses["right"] + 0.1
 
 # %% [markdown]
-# It still speaks, only worse. Such errors are found by comparing logits with the other library, and
-# by nothing else: see `tests/checkpoint/test_peft.py`.
+# It still speaks, only worse. No shape and no message shows it, and who has nothing to compare with
+# may take the second number for what the adapter can do. Logits compared with the other library's
+# find it: see `tests/checkpoint/test_peft.py`.
 #
 # ## Exercises
 #
@@ -529,7 +530,8 @@ def attention_adapter(config, rank):
 # %% tags=["check-1", "raises-exception"]
 for config in (base.config, seven, LlamaConfig.preset("llama2-70b")):
     shapes = target_shapes(config, ("wq", "wk", "wv", "wo"))
-    assert attention_adapter(config, 8) == 8 * sum(map(sum, shapes.values()))
+    for rank in (1, 8):
+        assert attention_adapter(config, rank) == rank * sum(map(sum, shapes.values()))
 print("exercise 1: correct")
 
 # %% [markdown]
