@@ -176,7 +176,8 @@ print("the loss of the answers alone, by hand and the package's: the same")
 
 # %% [markdown]
 # Nothing else changes: the training step is that of pretraining. Logits are computed only where
-# there is a target, which saves most of the head's work: below, two of three positions.
+# there is a target, which saves most of the head's work: four fifths of it, as the next cell
+# counts.
 #
 # ## Packing
 #
