@@ -12,7 +12,8 @@ from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from minillama.app.protocol import ApiError
 from minillama.app.store import (
@@ -33,9 +34,26 @@ PathId = Annotated[int, Path(ge=1, lt=2**63)]
 
 
 class Form(BaseModel):
-    """What a request may hold: these fields, of these types, and numbers that are numbers."""
+    """What a request may hold: these fields, of these types, and numbers that are numbers.
+
+    The first thing wrong is enough: pydantic's list of half a million takes a gigabyte.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, fields: Any) -> Any:
+        if isinstance(fields, dict):
+            for name in fields:
+                if name not in cls.model_fields:
+                    readable = name[:100].encode(errors="replace").decode()
+                    raise PydanticCustomError(
+                        "unknown",
+                        "There is no such field. Is it misspelt? Leave it out otherwise.",
+                        {"field": readable},
+                    )
+        return fields
 
 
 class Settings(Form):
@@ -46,7 +64,7 @@ class Settings(Form):
     top_p: float | None = None
     max_tokens: Number | None = None
     seed: int | None = None
-    stop: list[str] | None = None
+    stop: Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
 
 
 class Detail(Form):
@@ -76,8 +94,8 @@ class NewConversation(Form):
 
     title: str = ""
     settings: Settings = Settings()
-    messages: list[Turn] = Field(default=[], max_length=MAX_MESSAGES)
-    aside: list[Turn] = Field(default=[], max_length=MAX_MESSAGES)
+    messages: list[Turn] = Field(default=[], max_length=MAX_MESSAGES, fail_fast=True)
+    aside: list[Turn] = Field(default=[], max_length=MAX_MESSAGES, fail_fast=True)
 
 
 class Change(Form):

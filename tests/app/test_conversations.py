@@ -4,8 +4,9 @@ import json
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 
-from minillama.app.conversations import router
+from minillama.app.conversations import NewConversation, router
 from minillama.app.endpoints import Endpoint
 from minillama.app.server import create_app
 from minillama.app.store import Store
@@ -184,6 +185,7 @@ def test_an_import_that_does_not_hang_together_keeps_nothing(client, messages, a
         ("POST", "", {"messages": [TURN] * 10_001}),
         ("POST", "", {"settings": {"temperature": "hot"}}),
         ("POST", "", {"settings": {"other": 1}}),
+        ("POST", "", {"settings": {"stop": ["x"] * 17}}),
         ("POST", "", {"nonsense": 1}),
         ("POST", "", []),
         ("PATCH", "/1", {"head": 10**30}),
@@ -206,6 +208,33 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(client, method, path
     assert answer.status_code in (400, 404), answer.text
     assert client.get(f"{PATH}/1").json() == saved
     assert len(client.get(PATH).json()) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"settings": {"stop": [1] * 9}},
+        {"settings": {"stop": ["x"] * 16 + [1] * 9}},
+        {"settings": dict.fromkeys("abcdefghi", 1)},
+        {"messages": [1] * 9},
+        {"messages": [TURN | {"detail": dict.fromkeys("abcdefghi", 1)}]},
+        {"aside": [1] * 9},
+        dict.fromkeys("abcdefghi", 1),
+    ],
+)
+def test_the_first_of_many_faults_is_all_that_is_kept(fields):
+    """pydantic keeps a kilobyte for each, and a body has room for millions."""
+    with pytest.raises(ValidationError) as caught:
+        NewConversation.model_validate(fields)
+    assert caught.value.error_count() == 1
+
+
+def test_an_unknown_field_is_named_whatever_it_is_called(client):
+    for name, named in (("nonsense", "nonsense"), ("\ud800", "?"), ("x" * 101, "x" * 100)):
+        body = json.dumps({"settings": {name: 1}})
+        answer = client.post(PATH, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400, answer.text
+        assert error_of(answer).startswith(f"body.settings.{named}: There is no such field")
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
