@@ -53,11 +53,7 @@ class Endpoint:
             async with asyncio.timeout(LISTING):
                 answer = await self._client.get(f"{self.url}/models")
             if answer.status_code in (401, 403):
-                wanted = "another" if "Authorization" in self._client.headers else "a"
-                log.warning(
-                    "%s (%s) wants %s key: put it into the environment, as %s.",
-                    *(self.name, self.url, wanted, self._variable),
-                )
+                log.warning("%s (%s) %s.", self.name, self.url, self._wants_key())
                 return []
             found = [str(each["id"]) for each in answer.raise_for_status().json()["data"]]
         except (httpx2.HTTPError, TimeoutError, ValueError, KeyError, TypeError) as error:
@@ -74,7 +70,7 @@ class Endpoint:
     ) -> AsyncIterator[tuple[int, str, AsyncIterator[bytes]]]:
         """Status, content type and body of its answer; at the end of the block it may stop.
 
-        Raises ApiError where it cannot be reached.
+        Raises ApiError where it cannot be reached, or refuses the key of this server.
         """
         try:
             content = as_json({**fields, "model": fields["model"].removeprefix(f"{self.name}/")})
@@ -90,6 +86,11 @@ class Endpoint:
             answer = await self._client.send(request, stream=True)
         except httpx2.HTTPError as error:
             raise self._lost(error) from None
+        if answer.status_code in (401, 403):
+            # Not passed on: a client takes a 401 for this server's, and asks for its token.
+            await answer.aclose()
+            said = f"The server {self.name} {self._wants_key()}, and start this server again."
+            raise ApiError(502, said, "endpoint_key")
         kind = answer.headers.get("Content-Type", "").partition(";")[0].strip()
         # Nothing that a browser would run or render.
         kind = kind if kind in ("application/json", EVENTS) else "text/plain"
@@ -107,6 +108,10 @@ class Endpoint:
             yield answer.status_code, kind, body()
         finally:
             await answer.aclose()
+
+    def _wants_key(self) -> str:
+        wanted = "another" if "Authorization" in self._client.headers else "a"
+        return f"wants {wanted} key: put it into the environment, as {self._variable}"
 
     def _lost(self, error: Exception) -> ApiError:
         return ApiError(

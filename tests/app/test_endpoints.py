@@ -182,6 +182,27 @@ def test_a_server_that_wants_a_key_says_where_it_goes(tmp_path, caplog):
     assert "put it into the environment, as MINILLAMA_KEY_FAR_AWAY" in caplog.text
 
 
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize(("key", "wanted"), [(None, "a key"), ("stale", "another key")])
+def test_a_key_that_another_server_refuses_is_not_asked_of_the_client(
+    tmp_path, monkeypatch, status, key, wanted
+):
+    if key:
+        monkeypatch.setenv("MINILLAMA_KEY_FAR_AWAY", key)
+    refusal = b'{"error": {"message": "Incorrect API key provided"}}'
+    with (
+        stranger(status, refusal, Content_Type="application/json") as (url, _),
+        client(tmp_path, endpoints=[Endpoint("far-away", url)]) as http,
+    ):
+        response = http.post("/v1/completions", json=TEXT | {"model": "far-away/x"})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (502, "endpoint_key")
+    assert error["message"] == (
+        f"The server far-away wants {wanted}: put it into the environment, as "
+        f"MINILLAMA_KEY_FAR_AWAY, and start this server again."
+    )
+
+
 def test_a_stream_that_breaks_off_says_so(tmp_path):
     length = {"Content_Type": "text/event-stream", "Content_Length": "1000"}
     with (
