@@ -197,7 +197,7 @@ class Store:
                 (
                     _text(title.strip(), "The title", MAX_TITLE),
                     _text(system, "The system message", MAX_CONTENT),
-                    _json(settings or {}, "The settings"),
+                    _json(settings or {}, "the settings"),
                     now,
                     now,
                 ),
@@ -274,7 +274,7 @@ class Store:
                 value = _text(system, "The system message", MAX_CONTENT)
                 self._set(connection, conversation, "system", value)
             if settings is not None:
-                value = _json(settings, "The settings")
+                value = _json(settings, "the settings")
                 self._set(connection, conversation, "settings", value)
             if head is not None:
                 self._role(connection, conversation, head)
@@ -339,7 +339,14 @@ class Store:
         cursor = connection.execute(
             "INSERT INTO message (conversation, parent, role, content, detail, created)"
             " VALUES (?, ?, ?, ?, ?, ?)",
-            (conversation, parent, message.role, content, _json(message.detail, "Detail"), created),
+            (
+                conversation,
+                parent,
+                message.role,
+                content,
+                _json(message.detail, "the detail"),
+                created,
+            ),
         )
         added = _row_id(cursor)
         connection.execute(
@@ -497,11 +504,9 @@ def _text(text: str, name: str, limit: int) -> str:
 
 
 def _json(value: Mapping[str, Any], name: str) -> str:
-    # Escapes are ASCII, so that no half of a surrogate pair gets into the file.
-    text = json.dumps(value, allow_nan=False)
-    if len(text) > MAX_DETAIL:
-        raise ValueError(f"{name}: {len(text):,} characters of JSON, and may have {MAX_DETAIL:,}.")
-    return text
+    # Without escapes, which would hide half of a surrogate pair until somebody reads it.
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+    return _text(text, f"The JSON of {name}", MAX_DETAIL)
 
 
 def _row_id(cursor: sqlite3.Cursor) -> int:

@@ -229,6 +229,27 @@ def test_the_first_of_many_faults_is_all_that_is_kept(fields):
     assert caught.value.error_count() == 1
 
 
+@pytest.mark.parametrize("settings", [{"model": "\ud800"}, {"stop": ["a", "\udfff"]}])
+def test_half_a_character_makes_no_conversation_unreadable(client, settings):
+    saved = begun(client, "one")
+    for method, path, body in (
+        ("POST", "", {"settings": settings}),
+        ("PATCH", "/1", {"settings": settings}),
+        ("POST", "", {"messages": [TURN | {"detail": {"finish_reason": "\ud800"}}]}),
+        (
+            "POST",
+            "/1/messages",
+            {"parent": 1, "role": "assistant", "content": "a", "detail": {"settings": settings}},
+        ),
+    ):
+        headers = {"content-type": "application/json"}
+        answer = client.request(method, PATH + path, content=json.dumps(body), headers=headers)
+        assert answer.status_code == 400, answer.text
+        assert "half of a surrogate pair" in error_of(answer)
+    assert client.get(f"{PATH}/1").json() == saved
+    assert len(client.get(PATH).json()) == 1
+
+
 def test_an_unknown_field_is_named_whatever_it_is_called(client):
     for name, named in (("nonsense", "nonsense"), ("\ud800", "?"), ("x" * 101, "x" * 100)):
         body = json.dumps({"settings": {name: 1}})

@@ -188,7 +188,7 @@ def test_limits(store, monkeypatch):
         store.update(first.id, system="x" * 11)
     with pytest.raises(ValueError, match="The title has 201 characters"):
         store.update(first.id, title="x" * 201)
-    with pytest.raises(ValueError, match="Detail: 16,395 characters of JSON"):
+    with pytest.raises(ValueError, match="The JSON of the detail has 16,395 characters"):
         store.add(first.id, first.head, "user", "two", {"x": "y" * 16_386})
     monkeypatch.setattr(module, "MAX_MESSAGES", 3)
     third = store.add(first.id, first.head, "user", "two")
@@ -207,6 +207,13 @@ def test_half_a_character_is_refused(store, text):
         talk(store, text)
     with pytest.raises(ValueError, match="half of a surrogate pair"):
         store.summaries(text)
+    for unreadable in ({"model": text}, {"stop": [text]}, {text: 1}):
+        with pytest.raises(ValueError, match="JSON of the settings contains half of a surrogate"):
+            store.create(settings=unreadable)
+        with pytest.raises(
+            ValueError, match="JSON of the detail contains half of a surrogate pair"
+        ):
+            store.create(messages=[NewMessage("user", "x", detail=unreadable)])
     with pytest.raises(ValueError, match="JSON compliant"):
         store.create(settings={"temperature": float("nan")})
     assert store.summaries() == []
