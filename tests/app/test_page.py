@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import httpx2
 import pytest
 from serving import TOKENIZER, live
 
@@ -182,6 +183,13 @@ class Page:
         self.find("#model option")
         self.choose(model)
 
+    def open(self, **conversation: Any) -> None:
+        """A conversation that was kept before."""
+        kept = httpx2.post(f"{self.url}/api/conversations", json=conversation).raise_for_status()
+        self.driver.get("about:blank")
+        self.driver.get(f"{self.url}#{kept.json()['id']}")
+        self.find(".turn")
+
     def choose(self, model: str) -> None:
         from selenium.webdriver.support.ui import Select
 
@@ -240,7 +248,7 @@ def test_a_question_is_answered_as_it_comes_and_both_are_there_after_a_reload(pa
     assert (question, second) == ("slow", "how are you?")
     assert answer == f"{len(script.seen)}: how are you?"
     note = page.all(".turn .note")[-1].text
-    assert re.fullmatch(r"12,345 tokens · [\d.e+]+ tokens/s · first after [\d.]+ s", note)
+    assert re.fullmatch(r"12,345 tokens · [\d.,]+ tokens/s · first after [\d.]+ s", note)
     assert [m["role"] for m in script.seen[-1]["messages"]] == ["user", "assistant", "user"]
     before = page.answered(4)
     page.reload()
@@ -283,6 +291,22 @@ def test_another_model_answers_from_now_on(page):
     page.driver.execute_script("localStorage.clear()")  # not the browser: the conversation knows
     page.reload()
     assert page.find("#model").get_property("value") == "script/echo"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "first", "seconds", "said"),
+    [
+        (4, 0.059, 0.0593, "4 tokens · 67.5 tokens/s · first after 0.059 s"),
+        (12345, 0.2, 1.2, "12,345 tokens · 12,300 tokens/s · first after 0.20 s"),
+        (41, 0.5, 10.5, "41 tokens · 4 tokens/s · first after 0.50 s"),
+    ],
+    ids=["all at once", "fast", "slow"],
+)
+def test_how_fast_an_answer_came(page, tokens, first, seconds, said):
+    detail = {"completion_tokens": tokens, "first_token": first, "seconds": seconds}
+    question = {"role": "user", "content": "one"}
+    page.open(messages=[question, {"role": "assistant", "content": "two", "detail": detail}])
+    assert page.find(".turn .note").text == said
 
 
 def test_a_second_answer_stands_beside_the_first(page):
