@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ MAX_CONVERSATION = 16_000_000  # characters of all its messages
 MAX_DETAIL = 16_384  # characters of JSON
 MAX_FILE = 2**30  # bytes
 BUSY_TIMEOUT = 5.0  # seconds that another server may keep the file to itself
+ERASE_TIMEOUT = 0.1  # seconds that a deletion waits for those who read the log
 
 # Bytes 68 to 71 of an SQLite file say whose it is, 60 to 63 which version of it.
 MAGIC = b"SQLite format 3\0"
@@ -134,6 +135,7 @@ class Store:
         is_new = self._is_new()
         # One connection and a lock: a call takes a millisecond, and SQLite has one writer anyway.
         self._lock = threading.RLock()
+        self._to_erase = False  # the log still holds what was deleted
         self._connection = sqlite3.connect(
             self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )
@@ -152,6 +154,9 @@ class Store:
     def close(self) -> None:
         """Write the log into the file and let go of it. A second call does nothing."""
         with self._lock:
+            if self._to_erase:
+                with suppress(sqlite3.Error):
+                    self._erase(ERASE_TIMEOUT)
             self._connection.close()
 
     def summaries(self, search: str = "", limit: int = 500) -> list[Summary]:
@@ -308,13 +313,32 @@ class Store:
         return SavedMessage(added, parent, role, content, dict(message.detail), created)
 
     def delete(self, conversation: int) -> None:
-        """Forget a conversation for good: its bytes are overwritten. Raises NotFoundError."""
-        with self._transaction() as connection:
-            self._must_exist(connection, conversation)
-            self._set(connection, conversation, "head", None)
-            connection.execute("DELETE FROM conversation WHERE id = ?", (conversation,))
-        with self._lock:  # what was said stands in the log, too
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        """Forget a conversation for good: its bytes are overwritten.
+
+        In the log they stand as long as another process reads it; they go with the first call after
+        that, or with `close`.
+        Raises NotFoundError.
+        """
+        with self._lock:
+            with self._transaction() as connection:
+                self._must_exist(connection, conversation)
+                self._set(connection, conversation, "head", None)
+                connection.execute("DELETE FROM conversation WHERE id = ?", (conversation,))
+            self._to_erase = True
+            try:
+                self._erase(ERASE_TIMEOUT)
+            except sqlite3.Error as error:
+                raise self._failed(error) from error
+
+    def _erase(self, timeout: float) -> None:
+        """Move the log into the file, over what was deleted, and empty it, if nobody reads it."""
+        self._connection.execute(f"PRAGMA busy_timeout = {round(1000 * timeout)}").fetchall()
+        try:
+            ((busy, _, _),) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._to_erase = bool(busy)
+        finally:
+            usual = round(1000 * BUSY_TIMEOUT)
+            self._connection.execute(f"PRAGMA busy_timeout = {usual}").fetchall()
 
     def _insert(
         self,
@@ -388,15 +412,15 @@ class Store:
                 self._connection.execute(f"BEGIN {kind}")
                 yield self._connection
                 self._connection.execute("COMMIT")
+                if self._to_erase:
+                    with suppress(sqlite3.Error):  # what was asked is done; the next call tries
+                        self._erase(0)
             except BaseException as error:
                 if self._connection.in_transaction:  # a full disk has rolled back already
                     self._connection.execute("ROLLBACK")
                 if not isinstance(error, sqlite3.Error):
                     raise
-                raise OSError(
-                    f"The conversations in {self.path} cannot be read or written ({error}). They "
-                    f"may take {MAX_FILE / 2**30:.0f} GiB; delete some, or make room on the disk."
-                ) from error
+                raise self._failed(error) from error
 
     def _is_new(self) -> bool:
         """Looks at the first bytes, without SQLite, which might mend a file that is not ours."""
@@ -457,6 +481,12 @@ class Store:
             self._connection.execute(f"PRAGMA {pragma}").fetchall()
         self._connection.create_function(
             "contains", 2, lambda text, wanted: wanted in text.casefold(), deterministic=True
+        )
+
+    def _failed(self, error: sqlite3.Error) -> OSError:
+        return OSError(
+            f"The conversations in {self.path} cannot be read or written ({error}). They may take "
+            f"{MAX_FILE / 2**30:.0f} GiB; delete some, or make room on the disk."
         )
 
     def _damaged(self, reason: str) -> str:

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -175,6 +176,51 @@ def test_what_was_deleted_is_nowhere_in_the_files(store, path):
         with pytest.raises(NotFoundError, match=f"There is no conversation {gone.id}"):
             forgotten(gone.id)
     assert talk(store, "new").id > gone.id  # no address leads to another conversation
+
+
+def reader(path) -> sqlite3.Connection:
+    """Another process in the middle of reading, such as a copy being made."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("BEGIN")
+    connection.execute("SELECT count(*) FROM message").fetchall()
+    return connection
+
+
+@pytest.mark.parametrize("after", ["summaries", "close"])
+def test_a_reader_delays_the_erasing_and_not_the_caller(path, after):
+    store = Store(path)
+    gone = talk(store, "a secret")
+    files = [path, path.with_name(path.name + "-wal")]
+    other = reader(path)
+    start = time.monotonic()
+    store.delete(gone.id)
+    store.summaries()
+    assert time.monotonic() - start < module.BUSY_TIMEOUT / 2
+    assert any(b"secret" in file.read_bytes() for file in files)  # the reader's
+    (timeout,) = store._connection.execute("PRAGMA busy_timeout").fetchone()
+    assert timeout == 1000 * module.BUSY_TIMEOUT
+    other.execute("ROLLBACK")
+    getattr(store, after)()
+    assert not any(b"secret" in file.read_bytes() for file in files if file.exists())
+    store.close()
+    other.close()
+
+
+def test_a_deletion_that_cannot_be_erased_says_so_and_is_tried_again(store, path, monkeypatch):
+    gone = talk(store, "a secret")
+    log = path.with_name(path.name + "-wal")
+
+    def broken(timeout):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_erase", broken)
+        with pytest.raises(OSError, match=r"cannot be read or written \(disk I/O error\)"):
+            store.delete(gone.id)
+        assert store.summaries() == []
+    assert b"secret" in log.read_bytes()
+    talk(store, "new")
+    assert b"secret" not in log.read_bytes()
 
 
 def test_limits(store, monkeypatch):
