@@ -16,6 +16,7 @@ class Limits:
     max_characters: int = 500_000  # of all texts of a request
     max_tokens: int = 4096  # of an answer; also where the client does not say
     max_choices: int = 64  # answers to one request: prompts times n
+    max_logprobs: int = 2**18  # of an answer to one request, the likeliest other tokens included
     max_requests: int = 256  # at the same time; they wait for a row, and read or write meanwhile
     max_seconds: float = 600.0  # from a request to the end of its answer
     body_seconds: float = 20.0  # within which a request must have come in

@@ -318,13 +318,35 @@ def check_limits(form: "ChatForm | CompletionForm", limits: Limits) -> None:
         ("max_tokens", form.limit or 0, limits.max_tokens, "tokens of an answer"),
         ("n", form.n_choices, limits.max_choices, "answers at once"),
     ):
-        if value > limit:
-            raise ApiError(
-                400,
-                f"{name}: {value:,} {what}, but this server takes at most {limit:,}.",
-                "limit_exceeded",
-                name,
-            )
+        _check_limit(name, value, limit, what)
+    if form.wants_logprobs:
+        n_each = min(form.limit or limits.max_tokens, limits.max_tokens) * (1 + form.top_logprobs)
+        n = form.n_choices * n_each
+        _check_limit("logprobs", n, limits.max_logprobs, "in an answer")
+
+
+def check_sizes(fields: Mapping[str, Any], limits: Limits) -> None:
+    """The same of a request that another server reads. Raises ApiError."""
+    for name, limit, what in (
+        ("messages", limits.max_messages, "entries"),
+        ("max_tokens", limits.max_tokens, "tokens of an answer"),
+        ("max_completion_tokens", limits.max_tokens, "tokens of an answer"),
+        ("n", limits.max_choices, "answers at once"),
+    ):
+        value = fields.get(name)
+        size = len(value) if isinstance(value, list) else value
+        if isinstance(size, int):
+            _check_limit(name, size, limit, what)
+
+
+def _check_limit(name: str, value: int, limit: int, what: str) -> None:
+    if value > limit:
+        raise ApiError(
+            400,
+            f"{name}: {value:,} {what}, but this server takes at most {limit:,}.",
+            "limit_exceeded",
+            name,
+        )
 
 
 # --- What comes back -----------------------------------------------------------------------------

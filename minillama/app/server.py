@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
+import h11
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -37,6 +38,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minillama.app.endpoints import Endpoint
 from minillama.app.limits import Limits
@@ -52,6 +54,7 @@ from minillama.app.protocol import (
     Token,
     as_json,
     check_limits,
+    check_sizes,
     event,
     parse,
     parse_json,
@@ -116,6 +119,10 @@ class Guard:
                 await error_response(too_slow(self.limits))(scope, receive, guarded_send)
         except ClientDisconnect:
             pass
+        except asyncio.CancelledError:
+            if started:
+                raise
+            await error_response(closing())(scope, receive, guarded_send)
         except Exception as error:
             if started:
                 raise  # the connection ends without the end of the answer
@@ -312,16 +319,20 @@ class Answer:
             texts[index] += text
             tokens[index] += more
             ends[index] = finish_reason or ""
-        choices = [
-            self._reply.choice(
-                index,
-                texts[index],
-                tokens[index] if self.form.wants_logprobs else None,
-                ends[index],
-            )
-            for index in range(n_choices)
-        ]
-        return json_response(self._reply.object(choices, self.usage()))
+
+        def response() -> Response:
+            choices = [
+                self._reply.choice(
+                    index,
+                    texts[index],
+                    tokens[index] if self.form.wants_logprobs else None,
+                    ends[index],
+                )
+                for index in range(n_choices)
+            ]
+            return json_response(self._reply.object(choices, self.usage()))
+
+        return await asyncio.to_thread(response)  # with logprobs it may take a second
 
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events. What goes wrong is an event, too: the status has been sent."""
@@ -403,6 +414,7 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.limits.max_seconds
         fields = parse_json(await request.body())
         if endpoint := self.elsewhere(fields.get("model")):
+            check_sizes(fields, self.limits)
             path = request.url.path.removeprefix("/v1/")
             asking = resources.enter_async_context(endpoint.asking(path, fields))
             status, media_type, body = await unless_gone(request, asking)
@@ -455,11 +467,11 @@ def routes(service: Service, page: str) -> APIRouter:
     """The paths, and what answers there."""
     router = APIRouter()
 
-    @router.get("/")
+    @router.api_route("/", methods=["GET", "HEAD"])
     async def the_page() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": content_policy(page)})
 
-    @router.get("/health")
+    @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         n_open = sum(thread.n_open for thread in service.threads)
         return json_response({"status": "ok", "requests": n_open})
@@ -544,7 +556,9 @@ def create_app(
         if isinstance(error.__cause__, ApiError):  # from within the reading of a body
             return error_response(error.__cause__)
         said = f"{request.method} {request.url.path}: {error.detail}."
-        return error_response(ApiError(error.status_code, said))
+        response = error_response(ApiError(error.status_code, said))
+        response.headers.update(error.headers or {})  # such as the methods that there are
+        return response
 
     return app
 
@@ -595,9 +609,15 @@ def serve(app: FastAPI, listening: socket.socket, grace: float = 20.0) -> None:
 
 
 def server_of(app: FastAPI, grace: float) -> "Server":
-    """What `serve` runs; with `should_exit` it ends like with SIGTERM."""
+    """What `serve` runs; with `should_exit` it ends like with SIGTERM.
+
+    Raises ValueError for a `grace` that is none.
+    """
+    if not 0 <= grace <= 86400:
+        raise ValueError(f"grace is {grace} seconds, but must be within 0 and 86400 (a day).")
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_level="warning",
         ws="none",
         proxy_headers=False,
@@ -605,6 +625,42 @@ def server_of(app: FastAPI, grace: float) -> "Server":
         timeout_graceful_shutdown=int(grace) + 3,
     )
     return Server(config, app.state.service, grace)
+
+
+class Connection(H11Protocol):
+    """A client's connection; it ends where the headers of a request do not come in time.
+
+    Nor are more kept open than twice the requests that are taken: each of them takes a descriptor,
+    and where a process has no more of these, nobody gets through.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._limits: Limits = self.config.app.state.service.limits  # type: ignore[union-attr]
+        if len(self.connections) > 2 * self._limits.max_requests:
+            transport.abort()
+        else:
+            self._await_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._late:
+            self._late.cancel()
+
+    def _await_headers(self) -> None:
+        """Give them so long, from their first byte on."""
+        if self.conn.their_state is not h11.IDLE:
+            if self._late:
+                self._late.cancel()
+            self._late = None
+        elif self._late is None:
+            self._late = self.loop.call_later(self._limits.body_seconds, self.transport.close)
 
 
 class Server(uvicorn.Server):

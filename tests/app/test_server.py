@@ -4,10 +4,13 @@ import asyncio
 import base64
 import hashlib
 import json
+import math
 import re
 import socket
 import struct
 import threading
+import time
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -16,12 +19,26 @@ import pytest
 import torch
 from fastapi import APIRouter
 from pydantic import BaseModel
-from serving import CHAT, MODEL, TEXT, TOKENIZER, Held, alone, client, dialog, live, small_models
+from serving import (
+    CHAT,
+    MODEL,
+    TEXT,
+    TOKENIZER,
+    URL,
+    Held,
+    alone,
+    client,
+    dialog,
+    live,
+    page,
+    small_models,
+)
 
 from minillama.adapt.lora import attach, new_adapter
+from minillama.app.endpoints import Endpoint
 from minillama.app.limits import Limits
 from minillama.app.models import serve_model, text_of
-from minillama.app.server import Tidy, content_policy, create_app, hosts_of, listen
+from minillama.app.server import Tidy, content_policy, create_app, hosts_of, listen, server_of
 from minillama.config import LoRAConfig, Sampling
 from minillama.generation import generate
 from minillama.model import Llama
@@ -373,11 +390,35 @@ def test_a_conversation_to_keep_may_be_larger(tmp_path):
         (Limits(max_characters=3), CHAT, "messages"),
         (Limits(max_tokens=11), CHAT, "max_tokens"),
         (Limits(max_choices=2), CHAT | {"n": 3}, "n"),
+        (
+            Limits(max_logprobs=12 * 3 * 2 - 1),
+            CHAT | {"n": 2, "logprobs": True, "top_logprobs": 2},
+            "logprobs",
+        ),
     ],
 )
 def test_more_than_the_server_takes(tmp_path, limits, body, param):
     with client(tmp_path, limits=limits) as http:
         error = error_of(http.post("/v1/chat/completions", json=body))
+        assert (error["status"], error["code"], error["param"]) == (400, "limit_exceeded", param)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"max_tokens": 12}, "max_tokens"),
+        ({"max_completion_tokens": 12}, "max_completion_tokens"),
+        ({"n": 3}, "n"),
+        ({"messages": CHAT["messages"] * 3}, "messages"),
+    ],
+)
+def test_what_goes_to_another_server_has_limits_too(tmp_path, changes, param):
+    far = Endpoint("far", f"{URL}:1/v1")
+    limits = Limits(max_tokens=11, max_choices=2, max_messages=2)
+    with client(tmp_path, endpoints=[far], limits=limits) as http:
+        body = {"model": "far/a", "messages": CHAT["messages"]}
+        assert error_of(http.post("/v1/chat/completions", json=body))["status"] == 503
+        error = error_of(http.post("/v1/chat/completions", json=body | changes))
         assert (error["status"], error["code"], error["param"]) == (400, "limit_exceeded", param)
 
 
@@ -436,6 +477,85 @@ def test_a_body_that_does_not_come(tmp_path):
         answer = asyncio.run(ask(url))
     assert answer.startswith(b"HTTP/1.1 408")
     assert b'"code":"timeout"' in answer
+
+
+def connected(url: str, sent: bytes = b"") -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10)
+    connection.sendall(sent)
+    return connection
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: loc"])
+@pytest.mark.parametrize("before", [b"", HEALTH])
+def test_headers_that_do_not_come(tmp_path, before, sent):
+    with live(tmp_path, limits=Limits(body_seconds=1)) as url, connected(url, before) as client:
+        answer = b"" if before else b"{}"
+        while not answer.endswith(b"}"):
+            answer += client.recv(10_000)
+        client.sendall(sent)
+        assert client.recv(10_000) == b""  # closed; without, it would be for ever
+
+
+def test_an_answer_may_take_longer_than_headers(tmp_path):
+    held = Held()
+    body = json.dumps(TEXT).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n"
+    limits, request = Limits(body_seconds=1), head % len(body) + body
+    with live(tmp_path, held.models, limits=limits) as url, connected(url, request) as client:
+        held.wait_for(1)
+        time.sleep(1.5)
+        held.go.set()
+        assert client.recv(10_000).startswith(b"HTTP/1.1 200")
+
+
+def test_more_connections_than_can_be_served(tmp_path):
+    with live(tmp_path, limits=Limits(max_requests=2, body_seconds=20)) as url:
+        open_ones = [connected(url, b"GET ") for _ in range(4)]
+        with connected(url) as one_more, suppress(ConnectionResetError):
+            assert one_more.recv(10) == b""
+        open_ones.pop().close()
+        for _ in range(100):
+            with connected(url, HEALTH) as again, suppress(ConnectionResetError):
+                if again.recv(10_000).startswith(b"HTTP/1.1 200"):
+                    break
+            time.sleep(0.02)
+        else:
+            pytest.fail("A place that became free was not given to anybody.")
+        [each.close() for each in open_ones]
+
+
+def test_a_body_that_is_still_coming_when_the_server_ends(tmp_path):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 50\r\n\r\n{"
+    listening = listen("127.0.0.1", 0)
+    models = small_models()
+    server = server_of(create_app(models, page=page(tmp_path)), grace=0)
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    with connected(f"{URL}:{listening.getsockname()[1]}", head) as client:
+        while not server.server_state.tasks:  # until it reads the request
+            time.sleep(0.01)
+        server.should_exit = True
+        answer = client.recv(10_000)
+    thread.join()
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b'"code":"closing"' in answer
+
+
+@pytest.mark.parametrize("grace", [-1.0, math.inf, math.nan])
+def test_a_grace_that_is_none(tmp_path, grace):
+    app = create_app(small_models(), page=page(tmp_path))
+    with pytest.raises(ValueError, match=r"grace is .* but must be within 0 and 86400"):
+        server_of(app, grace)
+
+
+def test_the_methods_that_there_are(http):
+    response = http.delete("/v1/models")
+    assert (response.status_code, response.headers["Allow"]) == (405, "GET")
+    for path in ("/", "/health"):
+        assert http.head(path).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
