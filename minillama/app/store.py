@@ -226,7 +226,11 @@ class Store:
         return self.read(conversation)
 
     def read(self, conversation: int) -> SavedConversation:
-        """A conversation with all its messages. Raises NotFoundError where there is none."""
+        """A conversation with all its messages. Raises NotFoundError where there is none.
+
+        Raises OSError where it is damaged. In one that is returned, the way from a message to the
+        one that it follows has an end.
+        """
         with self._transaction("DEFERRED") as connection:
             row = connection.execute(
                 "SELECT title, system, settings, head, created, changed"
@@ -241,16 +245,25 @@ class Store:
                 (conversation,),
             ).fetchall()
         title, system, settings, head, created, changed = row
+        earlier: set[int | None] = {None}
+        for number, parent, *_ in messages:
+            if parent not in earlier:
+                raise OSError(
+                    self._damaged(f"message {number} follows {parent}, not one before it")
+                )
+            earlier.add(number)
+        if head not in earlier:
+            raise OSError(self._damaged(f"conversation {conversation} has no message {head}"))
         return SavedConversation(
             id=conversation,
             title=title,
             system=system,
-            settings=json.loads(settings),
+            settings=self._fields(settings),
             head=head,
             created=created,
             changed=changed,
             messages=[
-                SavedMessage(number, parent, role, content, json.loads(detail), said)
+                SavedMessage(number, parent, role, content, self._fields(detail), said)
                 for number, parent, role, content, detail, said in messages
             ],
         )
@@ -482,6 +495,15 @@ class Store:
         self._connection.create_function(
             "contains", 2, lambda text, wanted: wanted in text.casefold(), deterministic=True
         )
+
+    def _fields(self, text: str) -> dict[str, Any]:
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict):
+            raise OSError(self._damaged(f"{text[:40]!r} is no JSON object"))
+        return fields
 
     def _failed(self, error: sqlite3.Error) -> OSError:
         return OSError(

@@ -304,3 +304,16 @@ def test_a_disk_that_is_full_is_no_fault_of_the_clients(client, store):
     answer = client.post(PATH, json={"messages": [TURN | {"content": "x" * 50_000}]})
     assert answer.status_code == 507
     assert "delete some, or make room on the disk" in error_of(answer)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["UPDATE message SET parent = id", "UPDATE conversation SET settings = '{'"],
+)
+def test_damage_is_no_fault_of_the_clients_and_has_an_end(client, store, damage):
+    begun(client, "one")
+    store._connection.execute(damage)
+    for path in ("/1", "/1/export", "/1/export?form=markdown"):
+        answer = client.get(PATH + path)
+        assert answer.status_code == 507, answer.text
+        assert "is damaged" in error_of(answer)

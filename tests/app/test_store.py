@@ -402,6 +402,28 @@ def test_damage_that_shows_later_is_an_error_that_names_the_file(path):
     store.close()
 
 
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("UPDATE message SET parent = id WHERE id = 2", "message 2 follows 2, not one before it"),
+        ("UPDATE message SET parent = 2 WHERE id = 1", "message 1 follows 2, not one before it"),
+        ("UPDATE message SET parent = 99 WHERE id = 2", "message 2 follows 99, not one before it"),
+        ("UPDATE conversation SET head = 99", "conversation 1 has no message 99"),
+        ("UPDATE conversation SET settings = '{'", "'{' is no JSON object"),
+        ("UPDATE message SET detail = '[]'", r"'\[\]' is no JSON object"),
+    ],
+)
+def test_a_conversation_that_does_not_hang_together_is_an_error(store, path, damage, reason):
+    first = talk(store, "one", "a")
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute(damage)
+    other.close()
+    with pytest.raises(OSError, match=rf"is damaged \({reason}\), and is left as it is"):
+        store.read(first.id)
+    store.delete(first.id)
+    assert store.summaries() == []
+
+
 def test_nobody_else_can_read_the_file(store, path):
     talk(store, "one")
     for file in path.parent.iterdir():
