@@ -210,6 +210,16 @@ class Page:
         )
         return [text.text for text in self.all(".turn .text")]
 
+    def finished(self) -> None:
+        """The last question has an answer, or an error."""
+        last = ".turn:last-child .note"
+        self.until(
+            lambda: (
+                self.all(".error") or any("first after" in note.text for note in self.all(last))
+            ),
+            "an answer",
+        )
+
     def click(self, text: str, within: str = "body") -> None:
         self.until(
             lambda: [b for b in self.all(f"{within} button") if b.text == text], f"button {text}"
@@ -522,6 +532,49 @@ def test_options_are_sent_and_kept(page, script):
     values = [page.find(f"#{name}").get_property("value") for name in ("seed", "top_p", "system")]
     assert values == ["3", "", "Be kind. And brief."]
     page.driver.execute_script("localStorage.clear()")
+
+
+def turns(n: int, content: str) -> list[dict[str, str]]:
+    """Messages of a user and an assistant, as a conversation is kept."""
+    return [{"role": ("user", "assistant")[i % 2], "content": f"{i} {content}"} for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("n_messages", "content", "n_sent", "n_left"),
+    [(1000, "x", 499, 502), (40, "x" * 60_000, 3, 38)],
+    ids=["many messages", "many characters"],
+)
+def test_of_a_long_conversation_the_newest_turns_are_sent(
+    page, script, n_messages, content, n_sent, n_left
+):
+    system, said = {"role": "system", "content": "Be kind."}, turns(n_messages, content)
+    page.open(messages=[system, *said], settings={"model": "script/echo"})
+    page.ask("one")
+    page.finished()
+    assert page.all(".error") == []
+    said = [*said, {"role": "user", "content": "one"}]
+    assert script.seen[-1]["messages"] == [system, *said[-n_sent:]]
+    assert said[-n_sent]["role"] == "user"
+    left = f"The oldest {n_left} messages are not sent any more"
+    page.until(lambda: page.find("#count").text == left, left)
+
+
+def test_what_is_not_sent_counts_as_forgotten(page):
+    said = turns(1000, "Ben.")
+    form = {"model": "small", "messages": said, "max_tokens": 9, "truncation": "auto"}
+    read = httpx2.post(f"{page.url}/api/prompt", json=form).raise_for_status().json()
+    assert read["forgotten"] > 500
+    page.open(messages=said, settings={"model": "small", "max_tokens": 9})
+    left = f"oldest {read['forgotten']} messages do not fit any more"
+    count = f"{len(read['ids'])} of 256 tokens; the {left}"
+    page.until(lambda: page.find("#count").text == count, count)
+    page.find("#show-prompt").click()
+    left = f"The oldest {read['forgotten']} messages are left out: they do not fit."
+    page.until(lambda: page.find("#prompt-note").text.endswith(left), left)
+    page.press("\ue00c")
+    page.ask("Ben?")
+    page.finished()
+    assert page.all(".error") == []
 
 
 def test_the_prompt_is_what_the_model_reads(page):
