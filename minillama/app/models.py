@@ -342,6 +342,7 @@ class ServedModel:
                 top_logprobs=form.top_logprobs,
                 end_ids=end_ids,
                 adapter=None if self.parent is None else self.name,
+                lstrip=isinstance(form, ChatForm),
             )
             for prompt in prompts
             for number in range(form.n)

@@ -265,17 +265,15 @@ def is_loopback(host: str) -> bool:
 
 
 class Tidy:
-    """An answer without white space around it, in pieces: an end of it waits for what follows."""
+    """An answer without white space behind it, in pieces: an end of it waits for what follows."""
 
     def __init__(self) -> None:
-        self._held, self._begun = "", False
+        self._held = ""
 
     def push(self, piece: str) -> str:
         text = self._held + piece
-        if not self._begun:
-            text = text.lstrip()
         certain = text.rstrip()
-        self._held, self._begun = text[len(certain) :], self._begun or bool(certain)
+        self._held = text[len(certain) :]
         return certain
 
 

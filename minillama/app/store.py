@@ -135,7 +135,7 @@ class Store:
         is_new = self._is_new()
         # One connection and a lock: a call takes a millisecond, and SQLite has one writer anyway.
         self._lock = threading.RLock()
-        self._to_erase = False  # the log still holds what was deleted
+        self._to_erase = True  # the log may hold what was deleted: so may that of a killed server
         self._connection = sqlite3.connect(
             self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )

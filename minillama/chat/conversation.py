@@ -96,7 +96,7 @@ class Conversation:
         self.n_forgotten = len(messages) - len(kept)
         limit = min(self.max_new_tokens, context - len(ids))
         seed = None if self.seed is None else self.seed + len(messages)
-        request = Request(ids, limit, self.sampling, seed, end_ids=self._end_ids)
+        request = Request(ids, limit, self.sampling, seed, end_ids=self._end_ids, lstrip=True)
         engine = self._engine_for(len(ids) + limit)
         ticket = engine.submit(request)
 
@@ -106,14 +106,13 @@ class Conversation:
                 while ticket.finish_reason is None:
                     engine.step()
                     piece = ticket.read()
-                    piece = piece if answer else piece.lstrip()
                     answer += piece
                     if piece:
                         yield piece
             finally:
                 engine.cancel(ticket)
                 if ticket.finish_reason != "error":
-                    self.messages = [*messages, Message("assistant", answer.strip())]
+                    self.messages = [*messages, Message("assistant", answer.rstrip())]
                 self.cut_off = ticket.finish_reason == "length"
 
         return pieces()

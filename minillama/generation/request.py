@@ -36,7 +36,8 @@ class Request:
 
     `end_ids` end the answer and are no part of it; None is the tokenizer's EOS alone, while a chat
     also ends its answers with `end_of_answer`. `adapter` names one of the engine's adapters.
-    `top_logprobs` is how many of the likeliest tokens a ticket keeps at each place.
+    `top_logprobs` is how many of the likeliest tokens a ticket keeps at each place. With `lstrip`
+    the text begins at its first character that is no white space, as a chat's answer does.
     Raises ValueError for settings that mean nothing.
     """
 
@@ -49,6 +50,7 @@ class Request:
     end_ids: Sequence[int] | None = None
     adapter: str | None = None
     top_logprobs: int = 0
+    lstrip: bool = False
 
     def __post_init__(self) -> None:
         check_whole("max_new_tokens", self.max_new_tokens)
@@ -98,6 +100,7 @@ class Ticket:
         self._decoder = tokenizer.decoder()
         for token in self.ids:  # the answer's first space is then not taken for the text's
             self._decoder.push(token)
+        self._begun = not request.lstrip
         self._stop = StopFilter(request.stop)
 
     @property
@@ -136,14 +139,22 @@ class Ticket:
             self.logprobs.append(logprobs[token].item())
             top = logprobs.topk(min(self.request.top_logprobs, len(logprobs))).indices.tolist()
             self.top_logprobs.append([(i, logprobs[i].item()) for i in top])
-        self._pieces.append(self._stop.push(self._decoder.push(token)))
+        self._push(self._decoder.push(token))
         if self._stop.stopped or len(self.ids) - self.n_prompt == self.limit:
             self.end("length")
 
     def end(self, reason: FinishReason) -> None:
         """End the answer here. What was held back is text now, or completes a stop string."""
-        self._pieces.append(self._stop.push(self._decoder.flush()) + self._stop.flush())
+        self._push(self._decoder.flush())
+        self._pieces.append(self._stop.flush())
         self.finish_reason = "stop" if self._stop.stopped else reason
+
+    def _push(self, piece: str) -> None:
+        """Stop strings are looked for in what is written, so not in what `lstrip` takes away."""
+        if not self._begun:
+            piece = piece.lstrip()
+            self._begun = bool(piece)
+        self._pieces.append(self._stop.push(piece))
 
 
 def each_prompt(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:

@@ -181,6 +181,10 @@ def test_white_space_around_an_answer_is_no_part_of_it(http):
         body = CHAT | settings | {"seed": seed}
         (choice,) = http.post("/v1/chat/completions", json=body).json()["choices"]
         assert choice["message"]["content"] == raw.strip()
+        if around is str.lstrip:  # nor is a stop string found in it
+            stopped = body | {"stop": raw[0]}
+            (choice,) = http.post("/v1/chat/completions", json=stopped).json()["choices"]
+            assert choice["message"]["content"] == raw.strip().split(raw[0])[0] != ""
         (choice,) = http.post(
             "/v1/completions", json=TEXT | settings | {"prompt": dialog("Ben?"), "seed": seed}
         ).json()["choices"]
@@ -189,8 +193,7 @@ def test_white_space_around_an_answer_is_no_part_of_it(http):
 
 def test_an_end_of_white_space_waits_for_what_follows():
     tidy = Tidy()
-    assert [tidy.push(piece) for piece in (" ", "\n a", " ", "b \n", "", "c", " ")] == [
-        "",
+    assert [tidy.push(piece) for piece in ("a", " ", "b \n", "", "c", " ")] == [
         "a",
         "",
         " b",

@@ -98,3 +98,27 @@ def test_the_likeliest_tokens_of_each_place_are_kept_with_their_logprobs():
 def test_fewer_than_no_likeliest_tokens():
     with pytest.raises(ValueError, match="top_logprobs is -1, but must be at least 0"):
         Request("Ada", top_logprobs=-1)
+
+
+@pytest.mark.parametrize(
+    ("stop", "with_space", "without"), [(" ", "", "b"), ("\n", " ", "b c"), ("b", " \n ", "")]
+)
+def test_stop_strings_are_not_found_in_the_white_space_that_is_left_out(stop, with_space, without):
+    prompt, ids = [1], TOKENIZER.encode(" \n b c\n", bos=False)
+    texts = []
+    for lstrip in (False, True):
+        ticket = Ticket(Request(prompt, 100, stop=stop, lstrip=lstrip), TOKENIZER, 1000)
+        for token in ids:
+            if ticket.finish_reason is None:
+                ticket.take(token, LOGITS)
+        assert ticket.finish_reason == "stop"
+        texts.append(ticket.completion().text)
+    assert texts == [with_space, without]
+
+
+def test_an_answer_of_white_space_alone_is_empty():
+    ticket = Ticket(Request([1], 100, lstrip=True), TOKENIZER, 1000)
+    for token in TOKENIZER.encode(" \n ", bos=False):
+        ticket.take(token, LOGITS)
+    ticket.end("stop")
+    assert ticket.completion().text == ""
