@@ -16,8 +16,7 @@ import os
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise, takewhile, zip_longest
-from operator import eq
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 from random import Random
 from typing import Protocol, runtime_checkable
@@ -38,6 +37,7 @@ from minillama.chat.dialog import (
 from minillama.config import Sampling
 from minillama.data.dialogues import dialogue, instructions
 from minillama.generation import Decoder, sample
+from minillama.generation.decoder import n_shared
 from minillama.model import Llama, apply_rope, rope_angles
 from minillama.model.llama import Block
 from minillama.tokenizer import Tokenizer
@@ -285,7 +285,7 @@ class _Reader:
 
     def leave(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
-        self.decoder.move(len(self._read) - 1, row)
+        self.decoder.swap(len(self._read) - 1, row)
         self._read[row], self.generators[row] = self._read[-1], self.generators[-1]
         del self._read[-1], self.generators[-1]
 
@@ -294,8 +294,7 @@ class _Reader:
         """The answer to each row's prompt, and whether it came to its end."""
         new = []
         for row, ids in enumerate(prompts):
-            pairs = zip(ids[:-1], self._read[row], strict=False)
-            known = sum(1 for _ in takewhile(lambda pair: eq(*pair), pairs))
+            known = n_shared(ids[:-1], self._read[row])
             self.decoder.lengths[row], self._read[row] = known, list(ids)
             new.append(ids[known:])
         drawn: list[list[int]] = [[] for _ in prompts]

@@ -1,6 +1,8 @@
 """Every forward pass of generation goes through one object: prompts in, next logits out."""
 
 from collections.abc import Sequence
+from itertools import takewhile
+from operator import eq
 
 import torch
 from jaxtyping import Float
@@ -55,9 +57,13 @@ class Decoder:
         """Read equally many tokens more in each of the first rows; the logits behind every one."""
         return self.model.output(self._read(0, ids, list(map(len, ids)))).float()
 
-    def move(self, source: int, target: int) -> None:
-        """Put one row in the place of another, whose text is forgotten; `source` is then empty."""
-        self.cache.move(source, target)
+    def swap(self, row: int, other: int) -> None:
+        """Let two rows change places."""
+        self.cache.swap(row, other)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Put the first `length` tokens of one row in the place of all that another holds."""
+        self.cache.copy(source, target, length)
 
     def clear(self, row: int) -> None:
         """Empty a row whose hidden states are no numbers, see `KVCache.clear`."""
@@ -79,3 +85,9 @@ class Decoder:
         grown = zip(self.lengths[first:last], lengths, strict=True)
         self.lengths[first:last] = [old + new for old, new in grown]
         return hidden
+
+
+def n_shared(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two texts have in common before they part."""
+    pairs = zip(ids, others, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: eq(*pair), pairs))

@@ -2,9 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import takewhile
-from operator import eq
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -13,7 +11,7 @@ from torch import Tensor
 from minillama.adapt.lora import Adapters
 from minillama.config import Sampling, known_name
 from minillama.generation.compiled import CompiledDecoder
-from minillama.generation.decoder import Decoder
+from minillama.generation.decoder import Decoder, n_shared
 from minillama.generation.request import (
     Completion,
     Prompt,
@@ -29,6 +27,18 @@ from minillama.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Each: TypeAlias = T | Sequence[T]  # a setting: one value for all prompts, or one for each
+
+# A pass that reads one token takes about as long as one that reads this many: shorter beginnings
+# are read again, many prompts at once.
+WORTH_KEEPING = 16
+
+
+class Held(NamedTuple):
+    """What a row without a request has read, for the one that ended there."""
+
+    ids: Sequence[int] = ()
+    adapter: str | None = None
+    since: int = 0  # how many requests had ended then
 
 
 class Engine:
@@ -48,17 +58,19 @@ class Engine:
     With `adapters`, which stand beside the model's layers, each request goes through the one that
     it names, or through none.
 
-    With `keep`, the one row remembers what it has read: a prompt that begins as the request before
-    it is read from where they part. A dialogue repeats itself so, turn by turn. What was computed
-    token by token then stands where a prompt is read at once, so an answer equals the one without
-    `keep` but for rounding.
+    With `keep`, the rows remember what they have read: a prompt that begins as one of them does is
+    read from where they part (`Ticket.n_kept` tells). A dialogue repeats itself so, turn by turn,
+    and many dialogues share a system message. What was computed token by token then stands where a
+    prompt is read at once, so an answer equals the one without `keep` but for rounding. Where
+    nobody's row is free for long, the text goes first that nobody has asked for the longest.
 
     `max_len` limits prompt and answer together, in tokens; None is the model's context. The cache
     takes rows * max_len * config.cache_elements_per_token numbers, at once.
     Raises ValueError for a tokenizer or draft of another model, for adapters together with
-    `compile`, and for `keep` with adapters, a draft or more rows than one.
+    `compile`, and for a draft together with `keep`.
     Source of continuous batching: Yu et al. 2022, sec. 3 (Orca, OSDI); of chunks: Agrawal et al.
-    2023 (arXiv:2308.16369). Built in notebooks/09_generation.ipynb.
+    2023 (arXiv:2308.16369); of beginnings that are shared: Zheng et al. 2023, sec. 3 (SGLang,
+    arXiv:2312.07104). Built in notebooks/09_generation.ipynb.
     """
 
     def __init__(
@@ -102,16 +114,16 @@ class Engine:
                 "A compiled step has one function for all rows, while adapters differ from row to "
                 "row: leave out compile, or `merge` one adapter into the weights."
             )
-        if keep and (rows > 1 or draft is not None or adapters is not None):
+        if keep and draft is not None:
             raise ValueError(
-                f"keep is for one row without a draft and adapters, but this engine has {rows} "
-                f"rows{' and a draft' * (draft is not None)}"
-                f"{' and adapters' * (adapters is not None)}."
+                "A draft and keep do not go together: a draft is behind by what was proposed and "
+                "taken back, so its rows hold other tokens. Leave out one of them."
             )
         self.tokenizer = tokenizer
         self.adapters = adapters
         self._keep = keep
-        self._kept: list[int] = []  # the ids that the free row still holds
+        self._held = [Held()] * rows
+        self._n_ended = 0
         self.prefill_chunk = prefill_chunk
         self.n_draft = n_draft
         self._rows = rows
@@ -199,40 +211,81 @@ class Engine:
         """Choose whose prompts are read next: one, or several if they fit into one chunk."""
         longest = 0
         while self._waiting and len(self._running) + len(self._reading) < self._rows:
-            longest = max(longest, len(self._waiting[0].ids))
-            if self._reading and longest * (len(self._reading) + 1) > self.prefill_chunk:
+            ticket = self._waiting[0]
+            source, known = self._known(ticket) if self._keep else (0, 0)
+            longest = max(longest, len(ticket.ids))
+            together = longest * (len(self._reading) + 1) <= self.prefill_chunk and not known
+            if self._reading and not together:
                 return
-            self._reading.append(self._waiting.popleft())
-        if self._kept and self._reading:
-            (ticket,) = self._reading
-            pairs = zip(self._kept, ticket.ids[:-1], strict=False)  # the last gives the logits
-            known = sum(1 for _ in takewhile(lambda pair: eq(*pair), pairs))
-            self._decoders[0].lengths[0], self._kept = known, []
+            self._seat(self._waiting.popleft(), source, known)
+            if not together:
+                return
+
+    def _known(self, ticket: Ticket) -> tuple[int, int]:
+        """The row that has read most of a prompt's beginning, and how many tokens of it."""
+        lengths, adapter = self._decoders[0].lengths, ticket.request.adapter
+        held = [
+            Held(each.ids[:n], each.request.adapter)
+            for each, n in zip(self._running, lengths, strict=False)
+        ]
+        held += self._held[len(held) :]
+        shared = [
+            n_shared(ticket.ids[:-1], each.ids) if each.adapter == adapter else 0 for each in held
+        ]  # the last token gives the logits
+        source = max(range(self._rows), key=shared.__getitem__)
+        return source, shared[source] if shared[source] >= WORTH_KEEPING else 0
+
+    def _seat(self, ticket: Ticket, source: int, known: int) -> None:
+        """Give a request the first free row, and what `source` knows of its prompt.
+
+        That row itself, if it is free and what it holds goes on as the prompt does; else a copy.
+        """
+        first = len(self._running) + len(self._reading)
+        row = min(range(first, self._rows), key=lambda row: self._held[row].since)
+        if known and source >= first and 2 * known >= len(self._held[source].ids):
+            row = source
+        for decoder in self._decoders:
+            if known and row != source:
+                decoder.copy(source, row, known)
+            decoder.lengths[row] = known
+        self._held[row] = Held()
+        self._swap(row, first)
+        ticket.n_kept = known
+        self._reading.append(ticket)
 
     def _sweep(self) -> None:
         """Forget the requests that have ended. The last running row takes the place of each."""
         self._waiting = deque(ticket for ticket in self._waiting if ticket.finish_reason is None)
         if self._reading and self._reading[0].finish_reason is not None:
-            self._reading = []
-            self._move(len(self._running), len(self._running))
+            self._leave(len(self._running), self._reading.pop())
         for row in reversed(range(len(self._running))):
             if self._running[row].finish_reason is None:
                 continue
-            if self._running[row].finish_reason == "error":
-                for decoder in self._decoders:
-                    decoder.clear(row)
-            if self._keep:
-                self._kept = self._running[row].ids[: self._decoders[0].lengths[row]]
+            self._leave(row, self._running[row])
             last = len(self._running) - 1
             self._running[row] = self._running[last]
             self._running.pop()
-            self._move(last, row)
+            self._swap(last, row)
             if self._reading:  # it stands behind the running rows
-                self._move(last + 1, last)
+                self._swap(last + 1, last)
 
-    def _move(self, source: int, target: int) -> None:
+    def _leave(self, row: int, ticket: Ticket) -> None:
+        """A request has ended, and its row is free."""
         for decoder in self._decoders:
-            decoder.move(source, target)
+            if ticket.finish_reason == "error":
+                decoder.clear(row)
+            elif not self._keep:
+                decoder.lengths[row] = 0
+        self._n_ended += 1
+        ids = ticket.ids[: self._decoders[0].lengths[row]]
+        self._held[row] = Held(ids, ticket.request.adapter, self._n_ended)
+
+    def _swap(self, row: int, other: int) -> None:
+        if row != other:
+            held = self._held
+            held[row], held[other] = held[other], held[row]
+            for decoder in self._decoders:
+                decoder.swap(row, other)
 
 
 def _take(tickets: Sequence[Ticket], logits: Float[Tensor, "batch vocab"]) -> None:

@@ -69,7 +69,8 @@ class Request:
 class Ticket:
     """A request on its way: what was drawn for it, and the text that is certain so far.
 
-    `Engine.submit` makes it. `finish_reason` is None until it has ended.
+    `Engine.submit` makes it. `finish_reason` is None until it has ended. `n_kept` counts the tokens
+    of the prompt that the engine had read before, for others.
     Raises ValueError for a prompt without a token, with ids outside the vocabulary, or so long that
     it leaves no room among the `context` tokens.
     """
@@ -77,7 +78,7 @@ class Ticket:
     def __init__(self, request: Request, tokenizer: Tokenizer, context: int) -> None:
         self.request = request
         self.ids = prompt_ids(request.prompt, tokenizer)  # of the prompt, then of the answer
-        self.n_prompt = len(self.ids)
+        self.n_prompt, self.n_kept = len(self.ids), 0
         if self.n_prompt >= context:
             raise ValueError(
                 f"The prompt has {self.n_prompt} tokens, but the model's context holds {context}, "

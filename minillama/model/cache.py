@@ -1,6 +1,6 @@
 """The KV cache: keys and values of the tokens already read, so that none is read twice."""
 
-from copy import copy
+import copy
 
 import torch
 from einops import rearrange
@@ -70,18 +70,25 @@ class KVCache:
 
         Its lengths are its own: what is read through it is to be counted here, too.
         """
-        part = copy(self)
+        part = copy.copy(self)
         part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
         part.lengths = self.lengths[first:last]
         return part
 
-    def move(self, source: int, target: int) -> None:
-        """Put one row in the place of another, whose text is forgotten; `source` is then empty."""
-        length = self.lengths[source]
+    def swap(self, row: int, other: int) -> None:
+        """Let two rows change places."""
+        lengths = self.lengths
+        for stored in (self.keys, self.values):
+            aside = stored[:, row, :, : lengths[row]].clone()
+            stored[:, row, :, : lengths[other]] = stored[:, other, :, : lengths[other]]
+            stored[:, other, :, : lengths[row]] = aside
+        lengths[row], lengths[other] = lengths[other], lengths[row]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Put the first `length` tokens of one row in the place of all that another holds."""
         for stored in (self.keys, self.values):
             stored[:, target, :, :length] = stored[:, source, :, :length]
         self.lengths[target] = length
-        self.lengths[source] = 0
 
     def clear(self, row: int) -> None:
         """Empty a row for good: NaN behind a row's end would be seen, since 0 * NaN is NaN."""

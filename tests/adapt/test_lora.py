@@ -497,6 +497,24 @@ def test_an_engine_gives_each_request_its_adapter():
     assert found[2][:4] != found[5][:4]  # adapters matter
 
 
+def test_a_row_remembers_what_an_adapter_read_for_that_adapter_alone(monkeypatch):
+    monkeypatch.setattr("minillama.generation.engine.WORTH_KEEPING", 1)
+    model, prompt = small_llama(), [5, 6, 7, 8, 9]
+    adapters = Adapters(model, three())
+    engine = Engine(model, small_tokenizer(), rows=3, adapters=adapters, keep=True)
+    n_kept = []
+    for name in ("head", None, "queries", None, "head", "queries"):
+        single = Engine(model, small_tokenizer(), rows=1, adapters=adapters)
+        both = []
+        for each in (engine, single):
+            both.append(each.submit(Request(prompt, 3, adapter=name)))
+            while each.busy:
+                each.step()
+        assert both[0].token_ids == both[1].token_ids
+        n_kept.append(both[0].n_kept)
+    assert n_kept == [0, 0, 0, 4, 4, 4]
+
+
 def test_an_engine_refuses_adapters_it_does_not_have():
     model = small_llama()
     with pytest.raises(ValueError, match=r"no adapter 'head'.*Known are: none"):

@@ -65,12 +65,15 @@ def test_the_first_rows_go_on_without_the_others():
     close(decoder.step([22, 23, 24]), [[1, 5, 7, 20, 22], [1, 9, 21, 23], [1, 2, 3, 4, 24]])
 
 
-def test_a_moved_row_goes_on_in_its_new_place():
+def test_rows_that_have_changed_places_go_on():
     decoder = Decoder(MODEL, rows=3, max_len=16)
     decoder.prefill(0, [[1, 5, 7], [1, 9], [1, 2, 3, 4]])
-    decoder.move(2, 0)
-    assert decoder.lengths == [4, 2, 0]
+    decoder.swap(2, 0)
+    assert decoder.lengths == [4, 2, 3]
     close(decoder.step([20, 21]), [[1, 2, 3, 4, 20], [1, 9, 21]])
+    decoder.copy(0, 1, 2)
+    assert decoder.lengths == [5, 2, 3]
+    close(decoder.step([22, 23, 24]), [[1, 2, 3, 4, 20, 22], [1, 2, 23], [1, 5, 7, 24]])
 
 
 def test_tokens_that_are_taken_back_leave_no_trace():

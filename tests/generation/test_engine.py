@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from minillama.config import Sampling
 from minillama.generation import Completion, Decoder, Engine, Request, generate, sample, stream
+from minillama.generation import engine as engine_module
 from minillama.model import Llama
 from minillama.tokenizer import StreamDecoder
 
@@ -728,7 +729,26 @@ def test_the_neighbours_of_a_broken_row_do_not_notice(rows):
     assert [tickets[i].completion() for i in (0, 2, 3)] == sound
 
 
-# --- A row that remembers -------------------------------------------------------------------------
+# --- Rows that remember ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def all_is_kept(monkeypatch):
+    monkeypatch.setattr(engine_module, "WORTH_KEEPING", 1)
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[list[list[int]]]:
+    """The chunks of prompts that are read: of each pass those of all rows."""
+    passes = []
+    prefill = Decoder.prefill
+
+    def counted(self, first, ids):
+        passes.append([list(row) for row in ids])
+        return prefill(self, first, ids)
+
+    monkeypatch.setattr(Decoder, "prefill", counted)
+    return passes
 
 
 def answers(engine: Engine, prompts: list[list[int]], limit: int = 6) -> list[list[int]]:
@@ -743,34 +763,87 @@ def answers(engine: Engine, prompts: list[list[int]], limit: int = 6) -> list[li
 
 
 @given(
-    prompts=st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=20), min_size=2, max_size=6),
+    prompts=st.lists(st.lists(st.integers(3, 4), min_size=1, max_size=20), min_size=2, max_size=9),
+    steps=st.lists(st.integers(0, 6), min_size=9, max_size=9),
+    rows=st.integers(1, 4),
     chunk=st.sampled_from([1, 4, 512]),
 )
-@settings(deadline=None, max_examples=20)
-def test_what_was_read_before_changes_no_answer(prompts, chunk):
-    engine = Engine(MODEL, TOKENIZER, 1, chunk, keep=True)
+@settings(max_examples=60)
+def test_what_was_read_before_changes_no_answer(prompts, steps, rows, chunk):
+    engine = Engine(MODEL, TOKENIZER, rows, chunk, keep=True)
     alone = [answers(Engine(MODEL, TOKENIZER, 1, chunk), [prompt])[0] for prompt in prompts]
-    assert answers(engine, prompts) == alone
+    tickets = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "WORTH_KEEPING", 1)
+        for prompt, n_steps in zip(prompts, steps, strict=False):  # they come at any time
+            tickets.append(engine.submit(Request(prompt, 6)))
+            for _ in range(n_steps):
+                engine.step()
+        while engine.busy:
+            engine.step()
+    assert [ticket.token_ids for ticket in tickets] == alone
 
 
-def test_only_what_is_new_is_read(monkeypatch):
-    read = []
-    prefill = Decoder.prefill
-
-    def counted(self, first, ids):
-        read.append(list(ids[0]))
-        return prefill(self, first, ids)
-
-    monkeypatch.setattr(Decoder, "prefill", counted)
+def test_only_what_is_new_is_read(all_is_kept, read):
     engine, prompt = Engine(MODEL, TOKENIZER, 1, keep=True), [5, 6, 7, 8]
     (answer,) = answers(engine, [prompt])
     longer = [*prompt, *answer, 9, 10]
     answers(engine, [longer, longer, [5, 6, 9], [4]])
     # The last token of an answer was drawn and never read; that of a prompt gives the logits.
-    assert read == [prompt, [answer[-1], 9, 10], [10], [9], [4]]
+    assert read == [[prompt], [[answer[-1], 9, 10]], [[10]], [[9]], [[4]]]
 
 
-def test_a_cancelled_request_leaves_no_trace():
+def test_each_of_many_dialogues_goes_on_in_its_row(all_is_kept, read):
+    engine, talks = Engine(MODEL, TOKENIZER, 3, keep=True), [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    n_kept = []
+    for _turn in range(3):
+        tickets = [engine.submit(Request(talk, 4)) for talk in talks]
+        while engine.busy:
+            engine.step()
+        n_kept.append([ticket.n_kept for ticket in tickets])
+        talks = [[*ticket.ids, 20] for ticket in tickets]
+    assert n_kept == [[0, 0, 0], [6, 5, 7], [11, 10, 12]]
+    assert sum(len(row) for each in read for row in each) == 9 + 2 * 3 * 2
+    answers(engine, [[30, 31]])  # in the row that was left first
+    tickets = []
+    for talk in talks[::-1]:
+        tickets.append(engine.submit(Request(talk, 4)))
+        while engine.busy:
+            engine.step()
+    assert [ticket.n_kept for ticket in tickets] == [17, 15, 0]
+
+
+def test_a_beginning_that_many_share_is_read_once(read):
+    engine, system = Engine(MODEL, TOKENIZER, 4, keep=True), list(range(5, 25))
+    first = engine.submit(Request([*system, 30], 20))
+    engine.step()
+    others = [engine.submit(Request([*system, 31 + i], 6)) for i in range(3)]
+    while engine.busy:  # copied from a row that is still running
+        engine.step()
+    assert read == [[[*system, 30]], [[31]], [[32]], [[33]]]
+    assert [ticket.n_kept for ticket in (first, *others)] == [0, 20, 20, 20]
+    prompts = [[*system, 30], *([*system, 31 + i] for i in range(3))]
+    expected = answers(Engine(MODEL, TOKENIZER, 1), prompts[:1], 20)
+    expected += answers(Engine(MODEL, TOKENIZER, 1), prompts[1:], 6)
+    assert [ticket.token_ids for ticket in (first, *others)] == expected
+    # A new dialogue does not take the row of one that only begins as it does.
+    long = [*system, *range(40, 61)]
+    read.clear()
+    answers(engine, [long, [*system, 34], [*long, 7]], 2)
+    assert read == [[long[20:]], [[34]], [[7]]]
+
+
+def test_short_prompts_are_read_together_though_they_begin_alike(read):
+    engine, prompts = Engine(MODEL, TOKENIZER, 4, keep=True), [[*range(5, 20), i] for i in range(4)]
+    answers(engine, prompts[:1])
+    for prompt in prompts:
+        engine.submit(Request(prompt, 6))
+    while engine.busy:
+        engine.step()
+    assert read == [prompts[:1], prompts]
+
+
+def test_a_cancelled_request_leaves_no_trace(all_is_kept):
     engine, prompt = Engine(MODEL, TOKENIZER, 1, prefill_chunk=4, keep=True), [5, 6, 7, 8, 9, 10]
     for n_steps in (1, 2, 4):  # half a prompt is read; it is read; the answer has begun
         ticket = engine.submit(Request([*prompt, n_steps + 20], 6))
@@ -784,7 +857,7 @@ def test_a_cancelled_request_leaves_no_trace():
     assert answers(engine, [prompt]) == answers(Engine(MODEL, TOKENIZER, 1), [prompt])
 
 
-def test_what_was_no_number_is_not_kept():
+def test_what_was_no_number_is_not_kept(all_is_kept):
     broken = small_llama()
     engine = Engine(broken, TOKENIZER, 1, keep=True)
     weight = broken.layers[0].attention.wv.weight
@@ -796,7 +869,6 @@ def test_what_was_no_number_is_not_kept():
     assert answers(engine, [[5, 6, 7]]) == answers(Engine(MODEL, TOKENIZER, 1), [[5, 6, 7]])
 
 
-@pytest.mark.parametrize("more", [{"rows": 2}, {"rows": 1, "draft": MODEL}])
-def test_only_a_single_row_remembers(more):
-    with pytest.raises(ValueError, match="keep is for one row"):
-        Engine(MODEL, TOKENIZER, keep=True, **more)
+def test_a_draft_and_rows_that_remember_do_not_go_together():
+    with pytest.raises(ValueError, match="A draft and keep do not go together"):
+        Engine(MODEL, TOKENIZER, draft=MODEL, keep=True)

@@ -110,20 +110,32 @@ def test_a_part_shares_the_memory_but_not_the_lengths():
     assert not cache.keys[:, [0, 2]].any()
 
 
-def test_a_row_that_is_moved_goes_on_where_it_was():
+@pytest.mark.parametrize("lengths", [[6, 6, 3], [3, 6, 6], [6, 6, 0]])
+def test_rows_that_have_changed_places_go_on_where_they_were(lengths):
     tokens = random_tokens(CONFIG, batch=3, seq=7)
     cache = KVCache(CONFIG, batch=3, max_len=8)
     MODEL(tokens[:, :6], cache)
-    cache.move(2, 0)
-    assert cache.lengths == [6, 6, 0]
-    last = MODEL(tokens[[2, 1], 6:], cache.part(0, 2))[:, 0]
-    assert_close(last, MODEL(tokens)[[2, 1], -1], rtol=1e-5, atol=1e-5)
+    cache.lengths = [*lengths]
+    cache.swap(2, 0)
+    assert cache.lengths == lengths[::-1]
+    next_ones = torch.stack([tokens[row, lengths[row]] for row in (2, 1, 0)])
+    logits = MODEL(next_ones[:, None], cache)[:, 0]
+    for place, row in enumerate((2, 1, 0)):
+        alone = MODEL(tokens[[row], : lengths[row] + 1])[0, -1]
+        assert_close(logits[place], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_a_row_in_its_own_place_is_emptied():
-    cache = cache_of([3, 5])
-    cache.move(1, 1)
-    assert cache.lengths == [3, 0]
+@pytest.mark.parametrize("length", [0, 2, 5])
+def test_a_copied_beginning_goes_on_in_both_rows(length):
+    tokens = random_tokens(CONFIG, batch=2, seq=6)
+    cache = KVCache(CONFIG, batch=2, max_len=8)
+    MODEL(tokens[:, :5], cache)
+    cache.copy(0, 1, length)
+    assert cache.lengths == [5, length]
+    logits = MODEL(tokens[:, 5:], cache)[:, 0]
+    assert_close(logits[0], MODEL(tokens[:1])[0, -1], rtol=1e-5, atol=1e-5)
+    both = torch.cat([tokens[:1, :length], tokens[1:, 5:]], dim=1)
+    assert_close(logits[1], MODEL(both)[0, -1], rtol=1e-5, atol=1e-5)
 
 
 def test_a_cleared_row_forgets_even_nan():
