@@ -64,6 +64,11 @@ class Job:
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, news)
 
+    @property
+    def n_kept(self) -> int:
+        """Tokens of the prompts that the engine had read before."""
+        return sum(ticket.n_kept for ticket in self.tickets)
+
     async def news(self) -> list[Update]:
         """Waits for the next updates. Raises what became of the engine instead."""
         news = await self._queue.get()
@@ -374,16 +379,20 @@ def serve_model(
 ) -> list[ServedModel]:
     """A model that answers under its name, and under those of its adapters.
 
-    `rows` requests are computed at a time, the others wait. `max_len` bounds prompt and answer, in
-    tokens: the cache of rows * max_len tokens is made at once. `chat_format` None is the one that
-    the vocabulary speaks for. Raises ValueError as `Engine` and `Adapters` do.
+    `rows` requests are computed at a time, the others wait; what was read for one is not read again
+    for another that begins alike, such as the next turn of a dialogue (see `Engine`'s `keep`).
+    `max_len` bounds prompt and answer, in tokens: the cache of rows * max_len tokens is made at
+    once. `chat_format` None is the one that `recognise` finds. Raises ValueError as `Engine` and
+    `Adapters` do.
     """
     chat_format = chat_format or recognise(tokenizer)
     end_of_answer(tokenizer, chat_format)  # refuses a format that this vocabulary does not have
     by_row = Adapters(model, adapters) if adapters else None
 
     def make_engine() -> Engine:
-        return Engine(model, tokenizer, rows, max_len=max_len, compile=compile, adapters=by_row)
+        return Engine(
+            model, tokenizer, rows, max_len=max_len, compile=compile, adapters=by_row, keep=True
+        )
 
     thread = EngineThread(make_engine)
     served = ServedModel(

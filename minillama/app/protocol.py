@@ -400,12 +400,13 @@ class Reply:
         return {**self._head, "choices": choices, "usage": usage}
 
 
-def usage(n_prompt: int, n_answer: int) -> dict[str, Any]:
-    """Tokens read and written; what ends an answer is not counted."""
+def usage(n_prompt: int, n_kept: int, n_answer: int) -> dict[str, Any]:
+    """Tokens read, of them those that had been read before, and written; no end of an answer."""
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_answer,
         "total_tokens": n_prompt + n_answer,
+        "prompt_tokens_details": {"cached_tokens": n_kept},
     }
 
 

@@ -307,7 +307,7 @@ class Answer:
             yield update.index, text, update.tokens, update.finish_reason
 
     def usage(self) -> dict[str, Any]:
-        return usage(self.job.n_prompt, sum(self._n_tokens))
+        return usage(self.job.n_prompt, self.job.n_kept, sum(self._n_tokens))
 
     async def whole(self) -> Response:
         n_choices = len(self.job.requests)

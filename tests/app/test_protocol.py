@@ -277,7 +277,7 @@ def test_an_answer_is_what_the_openai_package_expects():
     reply = Reply("small", chat=True, stream=False)
     choices = [reply.choice(0, "Hi", TOKENS, "stop"), reply.choice(1, "Ho", None, "length")]
     answer = ChatCompletion.model_validate_json(
-        as_json(reply.object(choices, usage(3, 2))), strict=True
+        as_json(reply.object(choices, usage(3, 1, 2))), strict=True
     )
     assert [choice.message.content for choice in answer.choices] == ["Hi", "Ho"]
     first, second = answer.choices[0].logprobs.content
@@ -289,6 +289,7 @@ def test_an_answer_is_what_the_openai_package_expects():
     assert (second.bytes, second.logprob) == (None, -9999.0)
     assert answer.choices[1].logprobs is None
     assert answer.usage.total_tokens == 5
+    assert answer.usage.prompt_tokens_details.cached_tokens == 1
 
 
 def test_a_stream_says_once_who_speaks():
@@ -314,7 +315,7 @@ def test_a_completion_counts_its_offsets_through_the_stream():
         reply.choice(0, "\ufffd", TOKENS[1:], "stop"),
     ]
     first, second = (piece["logprobs"] for piece in pieces)
-    whole = reply.object([pieces[1]], usage(1, 2))
+    whole = reply.object([pieces[1]], usage(1, 0, 2))
     assert Completion.model_validate_json(as_json(whole), strict=True).usage.total_tokens == 3
     assert (first["tokens"], first["text_offset"]) == ([" boat"], [0])
     assert (second["tokens"], second["text_offset"]) == (["\ufffd"], [5])

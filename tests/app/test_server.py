@@ -78,11 +78,26 @@ def test_a_chat_completion_is_what_the_prompt_gives_alone(http):
     assert choice["message"] == {"role": "assistant", "content": ANSWER, "refusal": None}
     assert choice["finish_reason"] == "length"
     n_prompt = len(dialog("Ben?"))
-    assert answer["usage"] == {
-        "prompt_tokens": n_prompt,
-        "completion_tokens": 12,
-        "total_tokens": n_prompt + 12,
-    }
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == n_prompt
+    assert usage["completion_tokens"] == 12
+    assert usage["total_tokens"] == n_prompt + 12
+    assert 0 <= usage["prompt_tokens_details"]["cached_tokens"] < n_prompt
+
+
+def test_a_turn_reads_only_what_the_turns_before_did_not_say(tmp_path):
+    said = ["What had Ada, and who had the kite?"]
+    with client(tmp_path) as http:
+        for turn in range(4):
+            roles = ("user", "assistant")
+            messages = [{"role": roles[i % 2], "content": each} for i, each in enumerate(said)]
+            answer = http.post("/v1/chat/completions", json=CHAT | {"messages": messages}).json()
+            text = answer["choices"][0]["message"]["content"]
+            assert text == alone(dialog(*said)).strip()
+            n_before = len(dialog(*said[:-2])) if turn else 0
+            n_kept = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+            assert n_kept >= n_before > 16 or (turn, n_kept) == (0, 0)
+            said += [text, f"And number {turn}?"]
 
 
 def test_a_stream_adds_up_to_the_same(http):
