@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from minillama.app.protocol import EVENTS, ApiError, as_json, event
 
 log = logging.getLogger(__name__)
 LISTING = 3.0  # seconds that a server has to list its models
+PAUSE = 15.0  # seconds for which one that did not is not asked again: others wait for it
 
 
 class Endpoint:
@@ -45,10 +47,13 @@ class Endpoint:
         key = os.environ.get(self._variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # The time limit of the request ends what takes too long.
+        self._silent_until = 0.0  # on the clock of time.monotonic
         self._client = httpx2.AsyncClient(headers=headers, timeout=None, follow_redirects=False)
 
     async def models(self) -> list[dict[str, Any]]:
         """What it offers now; nothing, and a line in the log, where it does not say."""
+        if time.monotonic() < self._silent_until:
+            return []
         try:
             async with asyncio.timeout(LISTING):
                 answer = await self._client.get(f"{self.url}/models")
@@ -58,6 +63,8 @@ class Endpoint:
             found = [str(each["id"]) for each in answer.raise_for_status().json()["data"]]
         except (httpx2.HTTPError, TimeoutError, ValueError, KeyError, TypeError) as error:
             log.warning("%s (%s) does not list its models: %r", self.name, self.url, error)
+            if isinstance(error, TimeoutError):
+                self._silent_until = time.monotonic() + PAUSE
             return []
         return [
             {"id": f"{self.name}/{i}", "object": "model", "created": 0, "owned_by": self.name}

@@ -10,6 +10,7 @@ import httpx2
 import pytest
 from serving import CHAT, TEXT, Held, alone, client, dialog, live, small_models
 
+from minillama.app import endpoints as module
 from minillama.app.endpoints import Endpoint
 from minillama.app.limits import Limits
 
@@ -234,6 +235,34 @@ def test_a_server_that_says_nothing(tmp_path):
 
     response = asyncio.run(ask())
     assert (response.status_code, response.json()["error"]["code"]) == (503, "timeout")
+
+
+def test_one_that_says_nothing_is_not_waited_for_each_time(monkeypatch):
+    monkeypatch.setattr(module, "LISTING", 0.05)
+    n_asked, models = 0, b'HTTP/1.0 200 OK\r\n\r\n{"data": [{"id": "a"}]}'
+
+    async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal n_asked
+        n_asked += 1
+        await reader.readuntil(b"\r\n\r\n")
+        if n_asked > 1:
+            writer.write(models)
+        else:
+            await reader.read()  # until the other side gives up
+        writer.close()
+
+    async def listings() -> list[int]:
+        async with await asyncio.start_server(late, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            endpoint = Endpoint("other", f"http://127.0.0.1:{port}/v1")
+            found = [len(await endpoint.models()) for _ in range(3)]
+            assert n_asked == 1
+            monkeypatch.setattr(endpoint, "_silent_until", 0.0)  # later
+            found.append(len(await endpoint.models()))
+            await endpoint.close()
+        return found
+
+    assert asyncio.run(listings()) == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize(
