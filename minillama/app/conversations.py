@@ -64,6 +64,10 @@ class Settings(Form):
     top_p: float | None = None
     max_tokens: Number | None = None
     seed: int | None = None
+    top_k: Number | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    neutralise: bool | None = None
     stop: Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
 
 
@@ -116,6 +120,14 @@ class NewTurn(Form):
     detail: Detail = Detail()
 
 
+class More(Form):
+    """How an answer that is being written goes on, from the character ``begin``."""
+
+    begin: Number
+    content: str
+    detail: Detail = Detail()
+
+
 def router(store: Store) -> APIRouter:
     """The routes over a store; whoever mounts them sees to tokens and the size of bodies.
 
@@ -158,6 +170,11 @@ def router(store: Store) -> APIRouter:
         detail = _fields(new.detail)
         with refusals():
             return store.add(conversation, new.parent, new.role, new.content, detail)
+
+    @routes.patch("/{conversation}/messages/{message}", status_code=204)
+    def extend(conversation: PathId, message: PathId, more: More) -> None:
+        with refusals():
+            store.extend(conversation, message, more.begin, more.content, _fields(more.detail))
 
     @routes.get("/{conversation}/export")
     def export(conversation: PathId, form: Literal["json", "markdown"] = "json") -> Response:

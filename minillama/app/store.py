@@ -313,17 +313,50 @@ class Store:
         """
         with self._transaction() as connection:
             self._must_exist(connection, conversation)
-            number, size = connection.execute(
-                "SELECT count(*), total(length(content)) FROM message WHERE conversation = ?",
-                (conversation,),
-            ).fetchone()
-            _check_room(number + 1, int(size) + len(content))
+            number, size = self._size(connection, conversation)
+            _check_room(number + 1, size + len(content))
             message = NewMessage(role, content, detail=detail or {})
             added = self._insert(connection, conversation, parent, message)
             (created,) = connection.execute(
                 "SELECT created FROM message WHERE id = ?", (added,)
             ).fetchone()
         return SavedMessage(added, parent, role, content, dict(message.detail), created)
+
+    def extend(
+        self,
+        conversation: int,
+        message: int,
+        begin: int,
+        content: str,
+        detail: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Let an answer that is being written go on: from character ``begin`` it is ``content``.
+
+        The same twice is as once, and less than is there, which comes late, changes nothing.
+        Raises NotFoundError, and ValueError for what is no answer and for a text that says
+        something else than is there: nothing that was said is overwritten.
+        """
+        with self._transaction() as connection:
+            self._must_exist(connection, conversation)
+            if self._role(connection, conversation, message) != "assistant":
+                raise ValueError(f"Message {message} is a question, and only an answer grows.")
+            (before,) = connection.execute(
+                "SELECT content FROM message WHERE id = ?", (message,)
+            ).fetchone()
+            if before[begin:].startswith(content) and before[begin:] != content:
+                return
+            if begin > len(before) or not content.startswith(before[begin:]):
+                raise ValueError(
+                    f"Message {message} does not go on like this from character {begin}: its "
+                    f"{len(before):,} characters stay as they are. Add another answer instead."
+                )
+            number, size = self._size(connection, conversation)
+            whole = _text(before[:begin] + content, "The message (assistant)", MAX_CONTENT)
+            _check_room(number, size + len(whole) - len(before))
+            connection.execute(
+                "UPDATE message SET content = ?, detail = ? WHERE id = ?",
+                (whole, _json(detail or {}, "the detail"), message),
+            )
 
     def delete(self, conversation: int) -> None:
         """Forget a conversation for good: its bytes are overwritten.
@@ -391,6 +424,14 @@ class Store:
             (added, now, conversation),
         )
         return added
+
+    def _size(self, connection: sqlite3.Connection, conversation: int) -> tuple[int, int]:
+        """How many messages it has, and how many characters."""
+        number, size = connection.execute(
+            "SELECT count(*), total(length(content)) FROM message WHERE conversation = ?",
+            (conversation,),
+        ).fetchone()
+        return number, int(size)
 
     def _role(self, connection: sqlite3.Connection, conversation: int, message: int) -> Speaker:
         row = connection.execute(

@@ -83,6 +83,22 @@ def test_a_conversation_from_its_first_question_to_its_end(client):
     assert client.get(PATH).json() == []
 
 
+def test_an_answer_is_kept_while_it_grows(client):
+    first = begun(client, "one", "a")
+    path = f"{PATH}/{first['id']}/messages/{first['head']}"
+    detail = {"settings": {"top_k": 3, "min_p": 0.1, "neutralise": True}, "finish_reason": "stop"}
+    more = {"begin": 1, "content": " b", "detail": detail}
+    for _ in range(2):
+        assert client.patch(path, json=more).status_code == 204
+    (_, answer) = client.get(f"{PATH}/{first['id']}").json()["messages"]
+    assert (answer["content"], answer["detail"]) == ("a b", detail)
+    refused = client.patch(path, json={"begin": 0, "content": "x"})
+    assert refused.status_code == 400
+    assert "does not go on like this" in error_of(refused)
+    assert client.patch(path, json={"begin": -1, "content": "x"}).status_code == 400
+    assert client.patch(f"{PATH}/99/messages/1", json=more).status_code == 404
+
+
 def branched(client) -> dict:
     """one -> a | a2 -> two -> b, and "uno" beside "one"; shown is the path to b."""
     first = begun(client, "one", "a", settings={"seed": 1, "stop": ["x"]}, title="Branches")

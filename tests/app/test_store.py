@@ -75,6 +75,40 @@ def test_an_edit_and_a_second_answer_stand_beside_what_was_there(store):
     assert len(saved.messages) == 6
 
 
+def test_an_answer_grows_and_nothing_that_was_said_is_overwritten(store, monkeypatch):
+    first = talk(store, "one", "a 🦙")
+    question, answer = (message.id for message in first.messages)
+
+    def told() -> tuple[str, dict]:
+        return store.read(first.id).messages[1].content, store.read(first.id).messages[1].detail
+
+    store.extend(first.id, answer, 3, " b", {"seconds": 1})
+    assert told() == ("a 🦙 b", {"seconds": 1})
+    for begin, content in ((3, " b c"), (3, " b c"), (2, "🦙 b c"), (5, " c"), (7, "")):
+        store.extend(first.id, answer, begin, content, {"seconds": 2})  # again: as once
+        assert told() == ("a 🦙 b c", {"seconds": 2})
+    store.extend(first.id, answer, 3, " b", {"seconds": 1})  # late
+    assert told() == ("a 🦙 b c", {"seconds": 2})
+    for begin, content in ((0, "b"), (3, " x and more"), (8, " d"), (0, "A 🦙 b c d")):
+        with pytest.raises(ValueError, match="does not go on like this from character"):
+            store.extend(first.id, answer, begin, content)
+    with pytest.raises(ValueError, match="only an answer grows"):
+        store.extend(first.id, question, 3, "!")
+    with pytest.raises(ValueError, match="no message 99"):
+        store.extend(first.id, 99, 0, "!")
+    with pytest.raises(NotFoundError):
+        store.extend(99, answer, 0, "!")
+    monkeypatch.setattr(module, "MAX_CONVERSATION", 12)
+    store.extend(first.id, answer, 7, " d")
+    with pytest.raises(ValueError, match="The conversation is full"):
+        store.extend(first.id, answer, 9, "e")
+    monkeypatch.setattr(module, "MAX_CONTENT", 9)
+    with pytest.raises(ValueError, match="shorten it"):
+        store.extend(first.id, answer, 9, "e")
+    assert told()[0] == "a 🦙 b c d"
+    assert len(store.read(first.id).messages) == 2
+
+
 def test_user_and_assistant_take_turns(store):
     first = talk(store, "one", "a")
     question, answer = (message.id for message in first.messages)
