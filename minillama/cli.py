@@ -844,7 +844,7 @@ class Chat:
     model: tyro.conf.Positional[str]  # a checkpoint, or a name: see `minillama fetch`
     opening: Annotated[Opening, FLAT] = field(default_factory=Opening)
     system: str = ""  # says how the model is to behave
-    chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
+    chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the model's own
     max_new_tokens: int = 512  # of an answer
     sampling: Annotated[Sampling, FLAT] = LLAMA_2_CHAT
     seed: int | None = None  # the same seed draws the same answers
@@ -868,7 +868,8 @@ class Chat:
             f"{model.config.n_parameters:,} parameters, a context of {model.config.max_seq_len:,} "
             f"tokens, chat format {conversation.chat_format}. /help lists the commands."
         )
-        if self.chat_format is None and conversation.chat_format == "llama2":
+        known = self.chat_format or tokenizer.chat_format or conversation.chat_format != "llama2"
+        if not known:
             print(
                 "(That format is assumed: the vocabulary has no pieces of another one. A model "
                 "that was not trained on dialogues goes on writing instead of answering.)"
@@ -900,7 +901,9 @@ class Serve:
     rows: int = 8  # answers of a model that are written at a time; more wait
     max_len: int = 2048  # tokens of prompt and answer; the memory for all rows is taken at once
     tokenizer: Path | None = None  # where it does not lie beside the weights
-    chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
+    # llama2, chatml, alpaca or code-llama-70b, of all models, or as NAME=FORMAT of one; else, the
+    # format that each has learned.
+    chat_format: Annotated[tuple[str, ...], REPEATED] = ()
     quantize: str | None = None  # int8, int4, nf4: fewer bits for the weights
     dtype: str | None = None  # float32, bfloat16, float16; without it, that of the weights
     device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
@@ -941,7 +944,17 @@ class Serve:
                 f"There are {len(self.models)} models and {len(names)} names: give --name once for "
                 f"each, in their order, or not at all."
             )
+        formats = dict[str, str]()
+        for each in self.chat_format:
+            model, equals, chat_format = each.rpartition("=")
+            owners = [known_name("model", model, list(names))] if equals else names
+            formats |= dict.fromkeys(owners, chat_format)
         folders: dict[str, dict[str, str]] = {name: {} for name in names}
+        if self.adapter and not names:
+            raise ValueError(
+                "An adapter changes a model, and there is none: name the one that it was trained "
+                "on, minillama serve MODEL --adapter NAME=FOLDER."
+            )
         for each in self.adapter:
             name, folder = _named("adapter", each)
             model, colon, adapter = name.rpartition(":")
@@ -965,7 +978,7 @@ class Serve:
                 llama,
                 tokenizer,
                 {key: load_adapter(folder, llama.config) for key, folder in folders[name].items()},
-                self.chat_format,
+                formats.get(name),
                 self.sampling,
                 self.rows,
                 self.max_len,

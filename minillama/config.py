@@ -159,7 +159,7 @@ def known_name(kind: str, name: str, names: Any) -> str:
     """`name` if it is one of `names`; otherwise a ValueError that suggests the nearest."""
     if name in names:
         return name
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    nearest = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(f"There is no {kind} {name!r}.{hint} Known are: {', '.join(names) or 'none'}.")
 

@@ -193,7 +193,12 @@ def end_of_answer(tokenizer: Tokenizer, chat_format: str) -> int:
 
 
 def recognise(tokenizer: Tokenizer) -> str:
-    """The format whose control pieces this vocabulary has; "llama2" needs none but BOS and EOS."""
+    """The format that the model has learned, where its checkpoint says so (`chat_format`).
+
+    Else the one whose control pieces this vocabulary has; "llama2" needs none but BOS and EOS.
+    """
+    if tokenizer.chat_format:
+        return tokenizer.chat_format
     for name, piece in (("chatml", START), ("code-llama-70b", STEP)):
         if piece.name in tokenizer.pieces:
             return name

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from minillama.checkpoint.chat_templates import TEMPLATES, format_of
 from minillama.checkpoint.fetch import how_to_ask_meta
 from minillama.checkpoint.folder import CheckpointError, check_new, interrupted_save
 from minillama.checkpoint.gguf import open_gguf, save_gguf
@@ -141,7 +142,8 @@ def convert(
     """Write a checkpoint in another format, with one tensor in memory at a time.
 
     In the source's own dtype, where `dtype` is None, the numbers are the same to the bit. A chat
-    template goes from GGUF and Hugging Face's folders to either; the others have no place for it.
+    template goes from GGUF and Hugging Face's folders to either, and the native format's chat
+    format becomes one there; the others have no place for it.
     `quantize` puts the matrices into few bits: "int8", "int4" or "nf4" in the native format, "q8_0"
     in GGUF's, "int8" in llama2.c's. `options` are those of `save`.
 
@@ -191,7 +193,8 @@ def open_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str] | None =
     if path is not None:
         return load_tokenizer(path)
     if checkpoint.tokenizer is not None:
-        return checkpoint.tokenizer()
+        tok = checkpoint.tokenizer()
+        return tok.for_chat(tok.chat_format or format_of(checkpoint.chat_template))
     return load_tokenizer(_beside(checkpoint.path))
 
 
@@ -216,6 +219,9 @@ def _write(
             f"{', '.join(known) or 'none'}."
         )
     check_vocabulary(checkpoint.config, tokenizer)
+    if checkpoint.chat_template is None:
+        template = TEMPLATES.get(tokenizer.chat_format or "")
+        checkpoint = replace(checkpoint, chat_template=template)
     writer(Path(path), checkpoint, tokenizer, **options)
 
 

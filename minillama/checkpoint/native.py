@@ -1,6 +1,7 @@
 """minillama's own checkpoint: one folder that is either whole or not there.
 
-params.json        the LlamaConfig; for weights in few bits, also how they are quantised
+params.json        the LlamaConfig; for weights in few bits, also how they are quantised; for a
+                   model that has learned dialogues, also their format
 model.safetensors  the weights, under Meta's names; nothing in it can be executed
 tokenizer.model    SentencePiece's file; or tokenizer.json, that of the tokenizers library
 SHA256SUMS         of the three; `sha256sum -c SHA256SUMS` reads it too
@@ -52,6 +53,8 @@ def save_native(
         params = checkpoint.config.to_dict()
         if checkpoint.quantization:
             params["quantization"] = checkpoint.quantization
+        if tokenizer.chat_format:
+            params["chat_format"] = tokenizer.chat_format
         (new / PARAMS).write_text(json.dumps(params, indent=2) + "\n")
         (new / tokenizer.file_name).write_bytes(tokenizer.to_bytes())
 
@@ -76,6 +79,12 @@ def open_native(folder: str | os.PathLike[str]) -> Checkpoint:
     verify_sums(folder, needed, SUMMED_AT_ONCE)
     params = read_json(folder / PARAMS)
     quantization = params.pop("quantization", None)
+    chat_format = params.pop("chat_format", None)
+    if not isinstance(chat_format, str | None):
+        raise CheckpointError(
+            f"{folder / PARAMS} has a chat_format that cannot be, {chat_format!r}: it is a name, "
+            f"such as llama2."
+        )
     config = config_of(folder / PARAMS, params)
     weights = open_safetensors(folder / WEIGHTS)
     if config.tie_embeddings and "output.weight" in weights:
@@ -86,7 +95,11 @@ def open_native(folder: str | os.PathLike[str]) -> Checkpoint:
         )
     try:
         return Checkpoint(
-            config, weights, lambda: Tokenizer(folder / tokenizer), folder, quantization
+            config,
+            weights,
+            lambda: Tokenizer(folder / tokenizer).for_chat(chat_format),
+            folder,
+            quantization,
         )
     except CheckpointError:
         raise

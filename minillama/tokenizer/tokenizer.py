@@ -49,6 +49,7 @@ class Tokenizer:
     dummy_prefix: bool  # does a text get a space in front, which decoding drops? LLaMA's do
     special_ids: dict[str, int]  # control pieces by name; they come from structure, never from text
     file_name: ClassVar[str]  # under which programs look for it
+    chat_format: str | None = None  # of the dialogues that the model has learned; None: not known
 
     def __new__(cls, source: str | os.PathLike[str] | bytes = b"") -> "Tokenizer":
         if cls is Tokenizer:
@@ -129,8 +130,18 @@ class Tokenizer:
             )
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
-        return type(self), (self.to_bytes(),)
+    def for_chat(self, chat_format: str | None) -> "Tokenizer":
+        """The same for a model that has learned dialogues in this format.
+
+        A checkpoint keeps it, and `minillama.chat` writes dialogues in it: see
+        `minillama.chat.recognise`. The file that `save` writes has no place for it.
+        """
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), chat_format=chat_format)  # the way into a frozen class
+        return other
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes], dict[str, str | None]]:
+        return type(self), (self.to_bytes(),), {"chat_format": self.chat_format}
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size})"

@@ -68,16 +68,17 @@ def test_models_and_adapters_are_called_as_told(tmp_path, checkpoint):
     save_adapter(tmp_path / "adapter", adapter, MODEL.config)
     arguments = [checkpoint, checkpoint, "--name", "a", "--name", "b", "--max-len", 100]
     arguments += ["--adapter", f"poet={tmp_path / 'adapter'}"]
-    arguments += ["--adapter", f"b:clerk={tmp_path / 'adapter'}"]
+    arguments += ["--adapter", f"b:clerk={tmp_path / 'adapter'}", "--chat-format", "b=alpaca"]
     with serving(tmp_path, *arguments, MINILLAMA_TOKEN="the-token") as (_, url):
         assert httpx2.get(f"{url}/v1/models").status_code == 401
         headers = {"Authorization": "Bearer the-token"}
         listed = httpx2.get(f"{url}/v1/models", headers=headers).json()["data"]
-        assert [(each["id"], each["parent"], each["context"]) for each in listed] == [
-            ("a", None, 100),
-            ("poet", "a", 100),
-            ("b", None, 100),
-            ("clerk", "b", 100),
+        fields = ("id", "parent", "context", "chat_format")
+        assert [tuple(each[field] for field in fields) for each in listed] == [
+            ("a", None, 100, "llama2"),
+            ("poet", "a", 100, "llama2"),
+            ("b", None, 100, "alpaca"),
+            ("clerk", "b", 100, "alpaca"),
         ]
         for name in ("a", "poet", "b", "clerk"):  # B is 0: the adapters change nothing
             body = TEXT | {"model": name}
@@ -137,6 +138,7 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path, checkpoint):
         (["--adapter", "poet=nowhere"], "nowhere"),
         (["--endpoint", "far=ftp://a"], "The endpoint far has the URL 'ftp://a'"),
         (["--chat-format", "chatml"], "needs the piece <|im_end|>"),
+        (["--chat-format", "nosuch=llama2"], "There is no model 'nosuch'"),
         (["--rows", "0"], "rows is 0, but must be at least 1"),
         (["--port", "70000"], "port is 70000"),
         (["--max-requests", "0"], "max_requests is 0, but must be at least 1"),
@@ -152,6 +154,8 @@ def test_flags_that_cannot_be(capsys, tmp_path, checkpoint, arguments, told):
 def test_nothing_to_serve(capsys, tmp_path):
     told = refused(capsys, "--port", 0, "--data", tmp_path / "a.sqlite3")
     assert "There is nothing to serve" in told
+    told = refused(capsys, "--adapter", "poet=x", "--port", 0, "--data", tmp_path / "a.sqlite3")
+    assert "An adapter changes a model, and there is none" in told
 
 
 def test_without_fastapi_it_says_what_to_install(capsys, checkpoint, monkeypatch):

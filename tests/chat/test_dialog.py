@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import pickle
 import random
 import re
 from functools import cache
 
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Library
 
 from minillama.chat import FORMATS, Message, dialog, encode_dialog, fit, neutralise, recognise
 from minillama.chat.dialog import BOS, EOS, NEW_TEXT, Role, end_of_answer
+from minillama.checkpoint.chat_templates import TEMPLATES, format_of
 from minillama.tokenizer import Tokenizer
 
 TOKENIZERS = {
@@ -215,6 +218,51 @@ def test_the_format_is_recognised_by_its_pieces(tok, chatml_tok, step_tok):
 
 
 # ---------------------------------------------------------------------------- who may say what
+
+
+def test_a_checkpoint_s_format_counts_more_than_its_pieces(tok, chatml_tok):
+    for each in (tok, chatml_tok):
+        assert recognise(each.for_chat("alpaca")) == "alpaca"
+        assert recognise(each.for_chat(None)) == recognise(each)
+        assert pickle.loads(pickle.dumps(each.for_chat("alpaca"))).chat_format == "alpaca"
+        assert each.chat_format is None  # it is another tokenizer, and an equal one
+        assert each.for_chat("alpaca") == each
+        assert each.for_chat("alpaca").encode("Ada had 3 🦙") == each.encode("Ada had 3 🦙")
+
+
+@pytest.mark.parametrize("chat_format", TEMPLATES)
+def test_the_template_for_other_programs_says_the_same(request, chat_format):
+    tokenizer = request.getfixturevalue(TOKENIZERS[chat_format])
+    names = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
+    names |= {i: name for name, i in tokenizer.special_ids.items()}
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(TEMPLATES[chat_format])
+
+    def text(rng: random.Random) -> str:
+        return " \n" * rng.randrange(2) + plain(rng) + "\n " * rng.randrange(2)
+
+    def check(messages: list[Message]) -> None:
+        written, segment = "", []
+        for i in [*encode_dialog(messages, tokenizer, chat_format).ids, None]:
+            if i is not None and i not in names:
+                segment.append(i)
+            else:
+                written += tokenizer.decode(segment) + names.get(i, "")
+                segment = []
+        assert written == template.render(
+            messages=[vars(message) for message in messages],
+            bos_token="<s>",
+            eos_token="</s>",
+            add_generation_prompt=messages[-1].role == "user",
+        )
+
+    for_many(200, check, text=text, max_turns=FORMATS[chat_format].max_turns or 6)
+
+
+def test_a_format_is_known_by_its_template():
+    assert [format_of(template) for template in TEMPLATES.values()] == list(TEMPLATES)
+    assert format_of(TEMPLATES["llama2"] + " ") is format_of(None) is None
+    assert set(TEMPLATES) < set(FORMATS)
 
 
 @pytest.mark.parametrize("chat_format", FORMATS)

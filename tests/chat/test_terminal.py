@@ -162,6 +162,9 @@ def test_a_session_with_a_checkpoint(feed, tmp_path):
     assert first[1].startswith("(That format is assumed: the vocabulary has no pieces of another")
     again = feed(tmp_path / "model", *settings, lines=["Ben?"])
     assert again[2] == first[2]  # the same seed
+    save(tmp_path / "assistant", MODEL, small_tokenizer().for_chat("llama2"))
+    known = feed(tmp_path / "assistant", *settings, lines=["Ben?"])
+    assert known == [first[0], *again[2:]]
     settings += ["--chat-format", "llama2"]
     assert feed(tmp_path / "model", *settings, lines=["Ben?"])[1] == first[2]
     save(tmp_path / "other", small_llama(1, max_seq_len=64), small_tokenizer())

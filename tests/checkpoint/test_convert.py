@@ -11,6 +11,7 @@ from small import small_llama, small_tokenizer
 from minillama import Llama, cli, generate, load, save
 from minillama.adapt.lora import new_adapter
 from minillama.checkpoint import CheckpointError, convert, folder, load_config, open_checkpoint
+from minillama.checkpoint.chat_templates import TEMPLATES
 from minillama.checkpoint.huggingface import CHAT_TEMPLATE, save_huggingface
 from minillama.checkpoint.peft import save_adapter
 from minillama.checkpoint.weights import checkpoint_of
@@ -185,6 +186,29 @@ def test_a_chat_template_is_passed_on_as_it_is(tmp_path):
     assert open_checkpoint(tmp_path / "back").chat_template == TEMPLATE
     convert(tmp_path / "back", tmp_path / "native", "native")
     assert open_checkpoint(tmp_path / "native").chat_template is None
+
+
+@pytest.mark.parametrize("format", ["huggingface", "gguf", "native"])
+@pytest.mark.parametrize("chat_format", ["llama2", "alpaca", "chatml", "code-llama-70b"])
+def test_the_format_of_the_dialogues_goes_along(tmp_path, chat_format, format):
+    tokenizer = small_tokenizer(304).for_chat(chat_format)
+    save(tmp_path / "a", varied(), tokenizer)
+    assert load(tmp_path / "a")[1].chat_format == chat_format
+    convert(tmp_path / "a", tmp_path / "b", format)
+    known = format == "native" or chat_format in TEMPLATES
+    assert load(tmp_path / "b")[1].chat_format == (chat_format if known else None)
+    convert(tmp_path / "b", tmp_path / "c", "native", quantize="int8")
+    assert load(tmp_path / "c")[1].chat_format == (chat_format if known else None)
+
+
+def test_transformers_frames_a_dialogue_as_the_model_has_learned_it(tmp_path):
+    import transformers
+
+    save(tmp_path / "x", varied(), small_tokenizer(304).for_chat("llama2"), "huggingface")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "x")
+    dialogue = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Ada? "}]
+    written = theirs.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
+    assert written == "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n Ada? [/INST]"
 
 
 # --- Nothing is lost -----------------------------------------------------------------------------

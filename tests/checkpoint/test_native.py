@@ -286,6 +286,13 @@ def test_a_tokenizer_of_another_model(folder, tmp_path, vocab_size):
     assert contents(folder) == before
 
 
+def test_a_chat_format_that_is_no_name(folder):
+    assert "chat_format" not in json.loads((folder / PARAMS).read_text())
+    change_params(folder, chat_format=["llama2"])
+    with pytest.raises(CheckpointError, match="has a chat_format that cannot be"):
+        load(folder)
+
+
 def test_a_damaged_tokenizer_that_is_named(folder, tmp_path):
     (tmp_path / "other.model").write_bytes(small_tokenizer().to_proto()[:-50])
     with pytest.raises(ValueError, match=r"other\.model"):
