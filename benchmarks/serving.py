@@ -8,7 +8,7 @@
 other, then the same eight at once, in turns; that is what continuous batching gives. Then all
 clients ask at once, each for a stream. Half of them sample, with seeds of their own. Every answer
 is compared with what the same request gave when nobody else was there; one that differs is an
-error.
+error. Last, a few clients talk, turn after turn: of each turn the server has read all but the end.
 """
 
 import argparse
@@ -27,6 +27,11 @@ from pathlib import Path
 from typing import Any
 
 TOY = Path(__file__).parents[1] / "data" / "toy" / "checkpoint"
+QUESTIONS = (
+    "What do you see there in the morning, before the others wake up?",
+    "And who goes with you? Tell me a little about each of them, please.",
+    "What was the best day that you had there, and what made it so good?",
+)
 PROMPTS = ("One Sunday,", "There was a harbour.", "Clara had a birthday", "", "Finn and the goat")
 
 
@@ -34,6 +39,8 @@ PROMPTS = ("One Sunday,", "There was a harbour.", "Clara had a birthday", "", "F
 class Answer:
     text: str
     n_tokens: int
+    n_prompt: int
+    n_known: int  # tokens of the prompt that the server had read before
     first: float  # seconds from the question to the first piece of text
     last: float  # seconds from the question to the end
 
@@ -64,31 +71,36 @@ def server(model: str, rows: int) -> Iterator[int]:
 
 
 async def ask(port: int, body: dict[str, Any]) -> Answer:
-    """One streamed completion, over a connection of its own."""
+    """One streamed answer, over a connection of its own."""
+    path = b"chat/completions" if "messages" in body else b"completions"
     content = json.dumps(body).encode()
     start, first = time.perf_counter(), None
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
-        b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
+        b"POST /v1/%s HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (path, len(content), content)
     )
     status = await reader.readline()
     if b" 200 " not in status:
         raise SystemExit(f"{status!r}: {(await reader.read())!r}")
-    text, n_tokens, done = "", 0, False
+    text, usage, done = "", {}, False
     while line := await reader.readline():
         if line.startswith(b"data: {"):
             event = json.loads(line[6:])
-            n_tokens = event["usage"]["completion_tokens"] if event["usage"] else n_tokens
+            usage = event["usage"] or usage
             for choice in event["choices"]:
-                first = first or time.perf_counter() - start
-                text += choice["text"]
+                piece = choice["delta"].get("content") if "delta" in choice else choice["text"]
+                if piece:
+                    first = first or time.perf_counter() - start
+                    text += piece
         done = done or line.strip() == b"data: [DONE]"
     writer.close()
     if not done:
         raise SystemExit(f"A stream broke off behind {text!r}.")
     last = time.perf_counter() - start
-    return Answer(text, n_tokens, first or last, last)
+    known = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    n_tokens, n_prompt = usage["completion_tokens"], usage["prompt_tokens"]
+    return Answer(text, n_tokens, n_prompt, known, first or last, last)
 
 
 async def at_once(port: int, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
@@ -97,6 +109,26 @@ async def at_once(port: int, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
 
 async def one_by_one(port: int, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
     return [await ask(port, body) for body in bodies]
+
+
+async def talk(port: int, name: str, n_turns: int, n_tokens: int) -> list[Answer]:
+    """A dialogue, each turn of which says all that was said before."""
+    messages = [{"role": "system", "content": f"You are {name}, and you like to tell of the sea."}]
+    answers = []
+    for turn in range(n_turns):
+        messages.append({"role": "user", "content": QUESTIONS[turn % len(QUESTIONS)]})
+        body = {"model": "model", "messages": messages, "max_tokens": n_tokens, "temperature": 0}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        answers.append(await ask(port, body))
+        messages.append({"role": "assistant", "content": answers[-1].text or "Well."})
+    return answers
+
+
+async def talks(port: int, n_talks: int, n_turns: int, n_tokens: int) -> list[list[Answer]]:
+    names = ("Ada", "Ben", "Clara", "Dora", "Emil", "Finn", "Gus", "Hanna")
+    return await asyncio.gather(
+        *(talk(port, names[i % 8] + "!" * (i // 8), n_turns, n_tokens) for i in range(n_talks))
+    )
 
 
 def timed(port: int, bodies: Sequence[dict[str, Any]], how: Any) -> tuple[list[Answer], float]:
@@ -153,6 +185,16 @@ def report(model: str, rows: int, n_clients: int, n_tokens: int, rounds: int) ->
         )
         if wrong:
             raise SystemExit(1)
+
+        for n_talks in (1, 4):
+            turns = list(zip(*asyncio.run(talks(port, n_talks, 10, n_tokens)), strict=True))
+            print(f"{n_talks} dialogues at once: first text (median), tokens known of those asked")
+            for number in (0, 1, 4, 9):
+                answers = turns[number]
+                first = statistics.median(answer.first for answer in answers)
+                known = sum(answer.n_known for answer in answers)
+                asked = sum(answer.n_prompt for answer in answers)
+                print(f"  turn {number + 1:2}: {first:.3f} s, {known:,} of {asked:,}")
 
 
 if __name__ == "__main__":
