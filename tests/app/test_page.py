@@ -6,6 +6,7 @@ Everything is done as a user does it; what a page shows is read from what a user
 import json
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +26,8 @@ from minillama.chat import Message, encode_dialog
 
 pytestmark = pytest.mark.slow
 WIDE, PHONE = (1200, 800), (360, 740)
+ALT, ENTER, ESCAPE, SHIFT, TAB, UP = "\ue00a", "\ue007", "\ue00c", "\ue008", "\ue004", "\ue013"
+CONTROL = "\ue009"
 PATIENCE = 30.0  # seconds; a busy machine is no reason to fail
 ATTACK = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title='broken'\">"
 MARKDOWN = "# Head\n1. **one**\n2. `two`\n\n* three\n\n```py\nx = 1 < 2\n```\nsaid *so*\n5 * 3 * 2"
@@ -55,7 +58,19 @@ class Script(BaseHTTPRequestHandler):
             self._head(500, "application/json")
             self._say(json.dumps({"error": {"message": "out of order", "code": "x"}}))
             return
-        answers = {"attack": ATTACK, "markdown": MARKDOWN, "slow": "word " * 2000, "silent": ""}
+        if question == "late failure":
+            time.sleep(0.7)
+            self._head(500, "application/json")
+            self._say(json.dumps({"error": {"message": "out of order", "code": "x"}}))
+            return
+        answers = {
+            "attack": ATTACK,
+            "markdown": MARKDOWN,
+            "slow": "word " * 2000,
+            "brief": "word " * 60,  # more than a second
+            "long": ("x" * 2000 + " ") * 50 + "word " * 2000,
+            "silent": "",
+        }
         answer = answers.get(question, f"{len(self.seen)}: {question}")
         self._head(200, "text/event-stream")
         try:
@@ -220,10 +235,38 @@ class Page:
             "an answer",
         )
 
-    def click(self, text: str, within: str = "body") -> None:
-        self.until(
+    def button(self, text: str, within: str = "body") -> Any:
+        return self.until(
             lambda: [b for b in self.all(f"{within} button") if b.text == text], f"button {text}"
-        )[-1].click()
+        )[-1]
+
+    def click(self, text: str, within: str = "body") -> None:
+        self.button(text, within).click()
+
+    def double_click(self, button: Any) -> None:
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver).double_click(button).perform()
+
+    def words(self, more_than: int) -> int:
+        """How many words have come, once they are so many."""
+        return self.until(
+            lambda: (n := self.find(".coming .text").text.count("word")) > more_than and n, "words"
+        )
+
+    def value(self, selector: str) -> str:
+        return self.find(selector).get_property("value")
+
+    def focused(self) -> str:
+        """The id of what has the focus; its tag, where it has none."""
+        active = self.driver.switch_to.active_element
+        return active.get_attribute("id") or active.tag_name
+
+    def kept(self) -> dict[str, Any]:
+        """The conversation that is shown, as it was kept."""
+        number = self.driver.current_url.partition("#")[2]
+        url = f"{self.url}/api/conversations/{number}"
+        return httpx2.get(url).raise_for_status().json()
 
     def titles(self) -> list[str]:
         return [link.text for link in self.all("#list a")]
@@ -249,8 +292,8 @@ def page(driver, url) -> Iterator[Page]:
 
 def test_a_question_is_answered_as_it_comes_and_both_are_there_after_a_reload(page, script):
     page.ask("slow")
-    first = page.until(lambda: page.find(".coming .text").text.count("word"), "the first words")
-    page.until(lambda: page.find(".coming .text").text.count("word") > first + 5, "more words")
+    first = page.words(more_than=0)
+    page.words(more_than=first + 40)
     page.driver.find_element("css selector", "#send").click()  # it stops now
     page.answered(2)
     page.ask("how are you?")
@@ -413,32 +456,183 @@ def test_an_error_stands_in_its_place_and_can_be_tried_again(page):
     assert page.all(".turn .note")[-1].text.endswith("broke off")
 
 
-def test_an_answer_that_cannot_be_kept_is_shown_and_can_be_kept_later(page, monkeypatch):
+@pytest.fixture
+def full(monkeypatch) -> Any:
+    """No answer can be kept until `full.undo()`."""
     add = Store.add
 
-    def full(store, conversation, parent, role, *rest):
+    def no_answer(store, conversation, parent, role, *rest):
         if role == "assistant":
             raise OSError("The disk is full.")
         return add(store, conversation, parent, role, *rest)
 
-    monkeypatch.setattr(Store, "add", full)
+    monkeypatch.setattr(Store, "add", no_answer)
+    return monkeypatch
+
+
+def test_an_answer_that_cannot_be_kept_is_shown_and_can_be_kept_later(page, full):
     page.ask("one")
     assert "The answer could not be kept: The disk is full." in page.find(".error").text
     said = page.answered(2)
     assert said[1].endswith(": one")
-    monkeypatch.undo()
-    page.click("Try to keep it again")
+    page.press("n", hold=ALT)
+    page.until(lambda: not page.all(".turn"), "a new chat")
+    page.find("#list a").click()
+    assert page.answered(2) == said  # it waits
+    full.undo()
+    page.double_click(page.button("Try to keep it again"))
     page.until(lambda: not page.all(".error"), "an end of the error")
     page.reload()
     assert page.answered(2) == said
+    assert len(page.kept()["messages"]) == 2
+
+
+def test_an_answer_that_was_not_kept_is_kept_before_the_next_question(page, full):
+    page.ask("one")
+    page.find(".error")
+    page.ask("two")
+    page.until(lambda: page.value("#question") == "two", "the question, which was not sent")
+    assert "could not be kept yet" in page.find("#refused").text
+    full.undo()
+    page.ask("")
+    said = page.answered(4)
+    assert said[0] == "one"
+    assert said[1].endswith(": one")
+    assert said[2] == "two"
+    page.reload()
+    assert page.answered(4) == said
+
+
+def test_an_error_waits_where_it_belongs(page):
+    page.ask("late failure")
+    page.find(".coming")
+    page.press("n", hold=ALT)
+    page.until(lambda: not page.all(".turn"), "a new chat")
+    page.until(lambda: not page.all("#list .busy"), "the end of the answer")
+    assert page.all(".error") == []
+    page.find("#list a").click()
+    assert "out of order" in page.find(".error").text
+
+
+def test_a_long_answer_is_kept_while_it_comes(page):
+    page.ask("long")
+    page.until(lambda: len(page.kept()["messages"]) == 2, "the beginning of the answer")
+    length = len(page.kept()["messages"][1]["content"])
+    page.until(lambda: len(page.kept()["messages"][1]["content"]) > length, "more of it")
+    count = page.words(more_than=30)
+    page.reload()
+    text = page.answered(2)[1]
+    assert len(text) > 2**16  # a page that is left can send so many bytes
+    assert text.count("word") >= count
+    assert page.all(".turn .note")[-1].text.endswith("· stopped")
+    assert len(page.kept()["messages"]) == 2
+
+
+def test_a_question_without_an_answer_can_be_answered(page):
+    page.open(messages=[{"role": "user", "content": "one"}], settings={"model": "script/echo"})
+    page.click("Get an answer")
+    assert page.answered(2)[1].endswith(": one")
+    assert "Get an answer" not in page.find("#turns").text
+
+
+def test_a_double_click_sends_an_edit_once(page):
+    page.ask("one")
+    page.answered(2)
+    page.click("Edit")
+    page.press(" changed")
+    page.double_click(page.button("Send", "#turns"))
+    page.until(lambda: "2 of 2" in page.find("#turns").text, "the branch")
+    assert page.answered(2)[1].endswith(": one changed")
+    assert len(page.kept()["messages"]) == 4
+
+
+def test_an_edit_survives_all_that_is_drawn_in_the_meantime(page):
+    page.ask("one")
+    page.answered(2)
+    page.ask("brief")
+    page.find(".coming")
+    page.click("Edit", ".turn:first-child")
+    page.press(" changed")
+    field = page.find(".turn textarea")
+    assert not page.button("Send", "#turns").is_enabled()
+    assert "An answer is coming" in page.find("#turns").text
+    page.press(ENTER)
+    page.until(lambda: not page.all(".coming"), "the end of the answer")
+    assert (page.focused(), field.get_property("value")) == ("textarea", "one changed")
+    page.find("#show-options").click()
+    page.find("#system").send_keys("Be kind.")
+    field.click()
+    page.until(lambda: page.find(".turn").text == "System\nBe kind.", "the system message")
+    assert field.get_property("value") == "one changed"
+    page.press("n", hold=ALT)
+    page.until(lambda: not page.all(".turn"), "a new chat")
+    page.find("#list a").click()
+    assert page.value(".turn textarea") == "one changed"
+    page.find(".turn textarea").send_keys(ENTER)
+    page.until(lambda: "2 of 2" in page.find("#turns").text, "the branch")
+    assert page.answered(3)[1] == "one changed"
+
+
+def test_a_name_that_is_being_typed_survives_the_end_of_an_answer(page):
+    page.ask("brief")
+    page.find(".coming")
+    page.until(lambda: page.titles()[0] == "brief", "the conversation in the list")
+    page.find("#list li button").click()
+    page.press("half")
+    page.until(lambda: not page.all(".coming"), "the end of the answer")
+    assert page.value("#list input") == "half"
+    assert page.kept()["title"] == "brief"
+    page.press(" a name", ENTER)
+    page.until(lambda: page.titles()[0] == "half a name", "the whole name")
+
+
+def test_a_selection_survives_the_end_of_an_answer(page):
+    page.ask("one")
+    said = page.answered(2)[1]
+    page.ask("brief")
+    page.find(".coming")
+    page.driver.execute_script(
+        "getSelection().selectAllChildren(document.querySelectorAll('.turn .text')[1])"
+    )
+    page.answered(4)
+    assert page.driver.execute_script("return getSelection().toString()").strip() == said
+
+
+def test_enter_and_a_double_click_do_not_stop_an_answer(page):
+    page.find("#question").send_keys("slow")
+    page.double_click(page.find("#send"))
+    page.words(more_than=30)
+    page.ask("the next")
+    page.words(more_than=40)
+    assert page.value("#question") == "the next"
+    for field in ("#search", "#system"):
+        if field == "#system":
+            page.find("#show-options").click()
+        page.find(field).send_keys("x", ESCAPE)
+        page.words(more_than=page.words(more_than=0) + 5)
+    assert not page.find("#options").is_displayed()
+    page.find("#send").click()
+    assert page.answered(3)[1] == "slow"
+    page.find("#show-options").click()
+    page.find("#question").send_keys(ESCAPE)
+    assert not page.find("#options").is_displayed()
 
 
 def test_a_marker_in_a_question_is_refused_with_a_way_out(page):
     page.choose("small")
     page.ask("Ben [INST] Ada")
-    assert "contains '[INST]'" in page.find(".error").text
+    refusal = page.find(".error").text
+    assert "contains [INST], which" in refusal
+    assert "neutralise" not in refusal
     page.click("Send with spaces in the markers")
     assert page.answered(2)[0] == "Ben [INST] Ada"
+    page.reload()
+    page.ask("Ben?")  # the first question goes along, and is no error any more
+    page.answered(4)
+    assert page.all(".error") == []
+    page.press("n", hold=ALT)
+    page.until(lambda: not page.all(".turn"), "a new chat")
+    assert not page.find("#neutralise").is_selected()
 
 
 def test_export_and_import(page):
@@ -534,6 +728,128 @@ def test_options_are_sent_and_kept(page, script):
     page.driver.execute_script("localStorage.clear()")
 
 
+def test_further_options_are_sent_where_they_are_set(page, script):
+    page.find("#show-options").click()
+    values = {"top_k": 5, "min_p": 0.05, "repetition_penalty": 1.1}
+    for name, value in values.items():
+        page.find(f"#{name}").send_keys(str(value), TAB)
+    page.ask("one")
+    page.answered(2)
+    assert {name: script.seen[-1].get(name) for name in values} == values
+    page.reload()
+    assert {name: float(page.value(f"#{name}")) for name in values} == values
+    page.find("#show-options").click()
+    page.click("Reset")
+    assert [page.value(f"#{name}") for name in values] == ["", "", ""]
+    page.until(lambda: "top_k" not in page.kept()["settings"], "the defaults, kept")
+
+
+def test_a_new_chat_begins_with_the_defaults(page):
+    page.find("#show-options").click()
+    page.find("#temperature").clear()
+    page.find("#temperature").send_keys("0", TAB)
+    page.find("#system").send_keys("Be kind.", TAB)
+    assert page.find(".turn").text == "System\nBe kind."  # before there is a question
+    page.ask("one")
+    page.answered(3)
+    page.press("n", hold=ALT)
+    page.until(lambda: not page.all(".turn"), "a new chat")
+    assert (page.value("#system"), page.value("#temperature")) == ("", "0.6")
+    assert page.value("#model") == "script/echo"
+
+
+def test_a_new_chat_has_a_model_that_is_served(page):
+    page.driver.execute_script(
+        "localStorage.setItem('model', 'gone/model');"
+        "localStorage.setItem('settings', JSON.stringify({model: 'gone/model'}))"
+    )
+    page.driver.refresh()
+    page.until(lambda: page.value("#model") == "small", "the first model")
+    page.open(messages=[{"role": "user", "content": "one"}], settings={"model": "gone/model"})
+    gone = "gone/model (not served now)"
+    page.until(lambda: gone in page.find("#model").text, gone)
+    assert page.value("#model") == "gone/model"
+    page.press("n", hold=ALT)
+    page.until(lambda: page.value("#model") == "small", "a model that is served")
+    assert gone not in page.find("#model").text
+    page.driver.execute_script("localStorage.clear()")
+
+
+def test_a_page_can_be_used_before_the_models_are_known(driver, tmp_path):
+    store = Store(tmp_path / "conversations.sqlite")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = Endpoint("silent", f"http://127.0.0.1:{silent.getsockname()[1]}/v1")
+        with live(
+            tmp_path, page=PAGE, conversations=router(store), endpoints=[endpoint]
+        ) as address:
+            page = Page(driver, address)
+            driver.get_log("browser")
+            driver.get(address)
+            assert "What would you like to ask?" in page.find("#turns").text
+            assert page.all("#model option") == []
+            page.press(ESCAPE)
+            page.ask("Ben?")
+            assert page.answered(2)[0] == "Ben?"
+            assert page.all(".turn h2")[1].text == "small"
+            assert driver.get_log("browser") == []
+            driver.get("about:blank")
+    store.close()
+
+
+def test_of_two_conversations_the_one_that_was_chosen_last_is_shown(page, monkeypatch):
+    for name in ("first", "second"):
+        page.new()
+        page.ask(name)
+        page.answered(2)
+    slow, read = page.kept()["id"], Store.read
+
+    def late(store, conversation):
+        if conversation == slow:
+            time.sleep(0.7)
+        return read(store, conversation)
+
+    page.new()
+    page.until(lambda: page.titles()[:2] == ["second", "first"], "the list")
+    monkeypatch.setattr(Store, "read", late)
+    second, first = page.all("#list a")[:2]
+    second.click()
+    first.click()
+    page.until(lambda: page.all(".turn"), "a conversation")
+    time.sleep(1)
+    assert page.answered(2)[0] == "first"
+    assert page.find("#list [aria-current]").text == "first"
+
+
+def test_what_is_typed_while_a_question_is_kept_is_the_next_one(page, monkeypatch):
+    create = Store.create
+
+    def late(*arguments):
+        time.sleep(0.7)
+        return create(*arguments)
+
+    monkeypatch.setattr(Store, "create", late)
+    page.ask("one")
+    page.press("two")
+    page.answered(2)
+    assert page.value("#question") == "two"
+    monkeypatch.setattr(Store, "create", lambda *_: (_ for _ in ()).throw(OSError("No room.")))
+    page.new()
+    page.ask("three")
+    page.until(lambda: "No room." in page.find("#refused").text, "the reason")
+    assert page.value("#question") == "three"
+
+
+def test_what_another_tab_has_kept_is_shown_when_one_comes_back(page):
+    page.ask("one")
+    page.answered(2)
+    kept = page.kept()
+    form = {"parent": kept["head"], "role": "user", "content": "from elsewhere"}
+    url = f"{page.url}/api/conversations/{kept['id']}/messages"
+    httpx2.post(url, json=form).raise_for_status()
+    page.driver.execute_script("document.dispatchEvent(new Event('visibilitychange'))")
+    assert page.answered(3)[2] == "from elsewhere"
+
+
 def turns(n: int, content: str) -> list[dict[str, str]]:
     """Messages of a user and an assistant, as a conversation is kept."""
     return [{"role": ("user", "assistant")[i % 2], "content": f"{i} {content}"} for i in range(n)]
@@ -597,13 +913,79 @@ def test_the_prompt_is_what_the_model_reads(page):
     page.until(lambda: page.find("#prompt-note").text, "why there is nothing to see")
 
 
-ALT, ENTER, ESCAPE, SHIFT, TAB, UP = "\ue00a", "\ue007", "\ue00c", "\ue008", "\ue004", "\ue013"
+def test_the_focus_stays_where_one_goes_on(page):
+    page.driver.refresh()
+    page.until(lambda: page.value("#model") == "script/echo", "the model that was chosen")
+    assert page.focused() == "question"
+    assert page.find("#show-options").get_attribute("aria-expanded") == "false"
+    page.find("#question").send_keys("one")
+    page.find("#send").click()
+    page.answered(2)
+    assert page.focused() == "question"
+    assert page.driver.title == "one · minillama"
+    for text, keys in (("Regenerate", [ENTER]), ("Edit", [ENTER, " changed", ENTER])):
+        page.driver.execute_script("arguments[0].focus()", page.button(text, "#turns"))
+        page.press(*keys)
+        page.until(lambda: "2 of 2" in page.find("#turns").text, "the branch")
+        page.answered(2)
+        assert page.focused() == "question"
+    page.press("n", hold=ALT)
+    page.until(lambda: not page.all(".turn"), "a new chat")
+    page.find("#list a").click()
+    page.until(lambda: page.focused() == "question", "the focus in the question")
+    page.answered(2)
+    page.ask("brief")
+    page.find(".coming")
+    copy = page.button("Copy", "#turns")
+    page.driver.execute_script("arguments[0].focus()", copy)
+    page.answered(4)
+    assert page.driver.switch_to.active_element == copy
+
+
+def test_a_text_is_copied_with_and_without_a_clipboard(page):
+    page.ask("one")
+    said = page.answered(2)[1]
+    page.driver.execute_script("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page.click("Copy")
+    assert page.button("Copied")
+    page.find("#question").click()
+    page.press("v", hold=CONTROL)
+    page.until(lambda: page.value("#question") == said, "what was copied")
+    assert page.button("Copy")  # again, after a while
+
+
+def test_a_letter_that_is_typed_with_alt_is_a_letter(page):
+    press = (
+        "return document.activeElement.dispatchEvent(new KeyboardEvent('keydown',"
+        " {key: arguments[0], code: arguments[1], altKey: true, bubbles: true, cancelable: true}))"
+    )
+    page.find("#question").click()
+    assert page.driver.execute_script(press, "ó", "KeyO")
+    assert not page.find("#options").is_displayed()
+    assert not page.driver.execute_script(press, "o", "KeyO")
+    assert page.find("#options").is_displayed()
+    page.find("#theme").click()
+    assert not page.driver.execute_script(press, "ó", "KeyO")
+    assert not page.find("#options").is_displayed()
+    page.driver.execute_script("localStorage.clear()")
+
+
+def test_the_enter_of_an_input_method_ends_no_name(page):
+    page.ask("one")
+    page.answered(2)
+    page.find("#list li button").click()
+    page.press("half")
+    page.driver.execute_script(
+        "document.activeElement.dispatchEvent("
+        " new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true}))"
+    )
+    time.sleep(0.3)
+    assert page.value("#list input") == "half"
+    page.press(ESCAPE)
 
 
 def test_the_keyboard_is_enough(page):
-    def focused():
-        return page.driver.switch_to.active_element.get_attribute("id")
-
+    focused = page.focused
     page.press("n", hold=ALT)
     assert focused() == "question"
     page.press("one")
@@ -709,8 +1091,9 @@ def test_a_server_with_a_token_asks_for_it(driver, tmp_path):
         driver.get(address)
         for given in ("wrong", "secret"):
             page.until(lambda: page.find("#token").is_displayed(), "the question for the token")
+            assert page.find("#token-wrong").is_displayed() == (given == "secret")
             page.find("#token-field").send_keys(given, ENTER)
-            page.until(lambda: not page.find("#token-field").get_property("value"), "the next")
+            page.until(lambda: not page.value("#token-field"), "the next")
         page.until(lambda: not page.find("#token").is_displayed(), "the end of the questions")
         page.choose("small")
         page.ask("Ben?")
