@@ -33,6 +33,38 @@ ATTACK = "<script>document.title = 'broken'</script><img src=x onerror=\"documen
 MARKDOWN = "# Head\n1. **one**\n2. `two`\n\n* three\n\n```py\nx = 1 < 2\n```\nsaid *so*\n5 * 3 * 2"
 
 
+RICH = """\
+**bold *nested* bold** ***both*** _under_ ~~gone~~ snake_case_name 2 * 3 * 4 \\*raw\\*
+[a link](https://example.org/a_(b)) and https://example.com/c_d. Not [this](javascript:alert(1)).
+
+1. first
+   - nested
+     - deeper
+   ```py
+   if x:
+       y = "**no**"
+   ```
+2. second
+   goes on
+
+3. [x] third
+
+> quoted
+> - in a list
+
+---
+
+| Name | Value |
+|------|------:|
+| `a`  | **1** |
+| b \\| c |
+
+مرحبا hello.
+
+This is English.
+"""
+
+
 class Script(BaseHTTPRequestHandler):
     """A server of the same protocol: the question says how it is answered."""
 
@@ -66,6 +98,7 @@ class Script(BaseHTTPRequestHandler):
         answers = {
             "attack": ATTACK,
             "markdown": MARKDOWN,
+            "rich": RICH,
             "slow": "word " * 2000,
             "brief": "word " * 60,  # more than a second
             "long": ("x" * 2000 + " ") * 50 + "word " * 2000,
@@ -442,6 +475,75 @@ def test_answers_in_markdown_are_set(page):
     assert within("pre code") == ["x = 1 < 2"]
     assert within("em") == ["so"]
     assert within("p") == ["said so\n5 * 3 * 2"]
+
+
+def test_richer_answers_in_markdown_are_set(page):
+    page.ask("rich")
+    page.answered(2)
+    answer = page.all(".turn .text")[1]
+
+    def within(selector):
+        return [found.text for found in answer.find_elements("css selector", selector)]
+
+    assert within("strong") == ["bold nested bold", "both", "1"]
+    assert within("em") == ["nested", "both", "under"]
+    assert within("s") == ["gone"]
+    assert "snake_case_name 2 * 3 * 4 *raw*" in within("p")[0]
+    assert "Not [this](javascript:alert(1))." in within("p")[0]
+    links = answer.find_elements("css selector", "a")
+    assert [a.get_attribute("href") for a in links] == [
+        "https://example.org/a_(b)",
+        "https://example.com/c_d",
+    ]
+    assert {(a.get_attribute("rel"), a.get_attribute("target")) for a in links} == {
+        ("noopener noreferrer", "_blank")
+    }
+    assert within(".text > ol > li > ul > li > ul > li") == ["deeper"]
+    assert within(".text > ol > li > .code code") == ['if x:\n    y = "**no**"']
+    assert within(".text > ol > li")[1:] == ["second\ngoes on", "☑ third"]
+    assert within("blockquote > p") == ["quoted"]
+    assert within("blockquote > ul > li") == ["in a list"]
+    assert len(within("hr")) == 1
+    assert within("th") == ["Name", "Value"]
+    assert within("td") == ["a", "1", "b | c", ""]
+    assert within("td.end") == ["1", ""]
+    arabic, english = answer.find_elements("css selector", ".text > p")[-2:]
+    assert (arabic.value_of_css_property("direction"), arabic.text) == ("rtl", "مرحبا hello.")
+    assert english.value_of_css_property("direction") == "ltr"
+    page.driver.execute_script("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    answer.find_element("css selector", ".code button").click()
+    page.find("#question").click()
+    page.press("v", hold=CONTROL)
+    code = 'if x:\n    y = "**no**"\n'
+    page.until(lambda: page.value("#question") == code, "the copied code")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "> " * 5000,
+        "- " * 5000 + "x",
+        "- a\n" * 20_000,
+        "|-" * 5000 + "\n" + "|-" * 5000,
+        "*a **b " * 5000,
+        "~~a_b _c" * 2000,
+        "``a `b ```c " * 2000,
+        "`" * 9999,
+        "[" * 9999,
+        "https://" * 2000,
+    ],
+    ids=lambda text: text[:8].strip(),
+)
+def test_no_answer_takes_long_to_set(page, text):
+    page.open(messages=[{"role": "user", "content": "one"}])
+    took = page.driver.execute_script(
+        "const began = performance.now();"
+        "document.querySelector('.turn .text').replaceWith(formatted(arguments[0]));"
+        "document.body.offsetHeight;"
+        "return performance.now() - began",
+        text,
+    )
+    assert took < 2000  # milliseconds
 
 
 def test_an_error_stands_in_its_place_and_can_be_tried_again(page):
