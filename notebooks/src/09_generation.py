@@ -510,6 +510,35 @@ assert mixed[2] == alone_again
 print(repr(alone_again.text))
 
 # %% [markdown]
+# **Nothing need be read twice.** The next turn of a dialogue begins with all that was said before,
+# and many questions begin with the same instruction. With `keep`, a row whose text has ended
+# remembers it, and a prompt is read only from where it parts from what some row has read:
+
+# %%
+engine = Engine(toy, tok, rows=4, keep=True)
+
+
+def ask(prompt):
+    ticket = engine.submit(Request(prompt, 20))
+    while engine.busy:
+        engine.step()
+    print(f"a prompt of {ticket.n_prompt} tokens, of which {ticket.n_kept} had been read")
+    (alone,) = generate(toy, tok, [prompt], 20)
+    assert ticket.token_ids == alone.token_ids
+    return ticket
+
+
+first = ask(ids[:60])
+second = ask([*first.ids, *tok.encode("The fox had an idea.")])
+third = ask([*ids[:40], *tok.encode("The fox had an idea.")])
+assert (first.n_kept, second.n_kept, third.n_kept) == (0, 79, 40)
+
+# %% [markdown]
+# The second text went on where the first had ended, in its row. Of the 80 tokens it has in common
+# with it, one was not known: the last one that was drawn was never read. The third has a beginning
+# in common with both, and got a copy.
+
+# %% [markdown]
 # ## Guess, then check
 #
 # A large model spends its time on fetching weights, one token at a time. *Speculative decoding*
