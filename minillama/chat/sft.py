@@ -14,6 +14,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from math import ceil, inf
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -71,23 +72,18 @@ def tokenise(
     """
     if not isinstance(dialogues, Mapping):
         dialogues = {f"Dialogue {n}": dialogue for n, dialogue in enumerate(dialogues, 1)}
-    examples, cut, dropped = [], [], []
+    examples, cut, dropped = [], list[str](), list[str]()
     for place, dialogue in dialogues.items():
         try:
             _check_answers(dialogue)
             example = encode_dialog(dialogue, tokenizer, chat_format)
-            kept = list(dialogue)
-            while seq_len is not None and len(example.ids) > seq_len and len(kept) > 3:
-                del kept[-2:]
-                example = encode_dialog(kept, tokenizer, chat_format)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         if seq_len is not None and len(example.ids) > seq_len:
-            dropped.append(place)
-            continue
-        if len(kept) < len(dialogue):
-            cut.append(place)
-        examples.append(example)
+            example = _cut(example, seq_len)
+            (cut if example.ids else dropped).append(place)
+        if example.ids:
+            examples.append(example)
     if cut or dropped:
         warnings.warn(
             f"Of {len(dialogues)} dialogues, {len(cut) + len(dropped)} are longer than seq_len "
@@ -97,6 +93,20 @@ def tokenise(
             stacklevel=2,
         )
     return examples
+
+
+def _cut(example: DialogTokens, size: int) -> DialogTokens:
+    """As many of the first turns as take no more than ``size`` tokens; of no turn, no tokens.
+
+    They are the first tokens of the whole (see `encode_dialog`).
+    """
+    ends = [
+        place
+        for place, (role, following) in enumerate(pairwise([*example.roles, "user"]), 1)
+        if (role, following) == ("assistant", "user")
+    ]
+    end = max((end for end in ends if end <= size), default=0)
+    return DialogTokens(example.ids[:end], example.roles[:end], example.learned[:end])
 
 
 def _check_answers(dialogue: Dialogue) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -155,6 +156,42 @@ def test_a_system_message_stays_with_its_first_turn(tok):
     assert cut.ids == whole.ids[: len(cut.ids)]
     with pytest.warns(UserWarning, match=r"1 are left out, for not even the first one fits"):
         assert tokenise([dialogue], tok, seq_len=len(cut.ids) - 1) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    words=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6),
+    seq_len=st.integers(8, 150),
+    system=st.sampled_from(["", "Be brief."]),
+    chat_format=st.sampled_from(["llama2", "chatml", "code-llama-70b", "alpaca"]),
+)
+def test_a_cut_dialogue_is_the_one_without_its_last_turns(
+    tok, chatml_tok, step_tok, words, seq_len, system, chat_format
+):
+    """Against the definition: leave out turn after turn, encode it anew, until it fits."""
+    tokenizer = {"chatml": chatml_tok, "code-llama-70b": step_tok}.get(chat_format, tok)
+    turns = words[:1] if chat_format == "alpaca" else words
+    dialogue = said(*("Ada had 3 " * n for turn in turns for n in turn), system=system)
+    kept = list(dialogue)
+    whole = [expected] = tokenise([kept], tokenizer, chat_format)
+    while len(expected.ids) > seq_len and len(kept) > 3:
+        del kept[-2:]
+        (expected,) = tokenise([kept], tokenizer, chat_format)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = tokenise([dialogue], tokenizer, chat_format, seq_len)
+    assert found == [expected] * (len(expected.ids) <= seq_len)
+    assert whole[0].ids[: len(expected.ids)] == expected.ids
+
+
+def test_a_long_dialogue_is_encoded_once(tok, monkeypatch):
+    texts, encode = [], type(tok).encode
+    monkeypatch.setattr(
+        type(tok), "encode", lambda self, text: texts.append(text) or encode(self, text)
+    )
+    with pytest.warns(UserWarning, match="1 are cut"):
+        tokenise([said(*["Ada had a kite."] * 200)], tok, seq_len=100)
+    assert len(texts) < 1000
 
 
 # --- Rows -----------------------------------------------------------------------------------------
