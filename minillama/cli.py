@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from minillama.app.models import ServedModel
-    from minillama.chat.dialog import DialogTokens
+    from minillama.chat.dialog import DialogTokens, Message
     from minillama.chat.gatt import Talk
     from minillama.chat.sft import SftRun
     from minillama.model import Llama
@@ -447,6 +447,7 @@ class Sft:
     preset: str = "llama2"  # how it is trained: llama2, the paper's way; toy, for --data toy
     epochs: float | None = SFT_EPOCHS  # how often each dialogue is learned; instead: --steps
     chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
+    neutralise: bool = False  # "[INST]" in a message becomes "[ INST]", and is no error
     across: bool = False  # dialogues see those before them in a row
     tokenizer: Path | None = None  # where it does not lie beside the weights
     device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
@@ -491,7 +492,11 @@ class Sft:
             self.across,
             _device(self.device),
             self.saving,
-            {"files": list(self.data), "chat_format": self._format(tokenizer)},
+            {
+                "files": list(self.data),
+                "chat_format": self._format(tokenizer),
+                "neutralise": self.neutralise,
+            },
         )
         before, context = checkpoint.config.max_seq_len, run.model.config.max_seq_len
         if context > before:
@@ -505,6 +510,7 @@ class Sft:
             "across": self.across,
             "data": list(self.data),
             "chat_format": self.chat_format or "",
+            "neutralise": self.neutralise,
         }
 
     def _resumed(self) -> "SftRun":
@@ -525,13 +531,13 @@ class Sft:
             "across": started["packing"]["across"],
             "data": started["data"]["files"],
             "chat_format": started["data"]["chat_format"],
+            "neutralise": started["data"].get("neutralise", False),
         }
         _keeps(self.out, self._source(), source, Sft()._source())
         return run
 
     def _examples(self, tokenizer: "Tokenizer") -> "tuple[list[DialogTokens], list[DialogTokens]]":
         """What to learn from, and what is held out."""
-        from minillama.chat.jsonl import read_dialogues
         from minillama.chat.sft import tokenise, toy_dialogues
 
         chat_format, seq_len = self._format(tokenizer), self.training.seq_len
@@ -543,7 +549,7 @@ class Sft:
         elif "toy" in self.data and not Path("toy").exists():
             raise ValueError("--data toy stands alone: dialogues of files go without it.")
         else:
-            dialogues = read_dialogues(self.data, chat_format)
+            dialogues = _dialogues(self.data, tokenizer, chat_format, self.neutralise)
             examples = tokenise(dialogues, tokenizer, chat_format, seq_len)
             if len(examples) < 2:
                 raise ValueError(
@@ -1442,6 +1448,28 @@ def _keeps(
                 f"resumed run keeps what it was started with: leave that out, or start a new run "
                 f"with --out."
             )
+
+
+def _dialogues(
+    paths: Iterable[str | Path], tokenizer: "Tokenizer", chat_format: str, neutralise: bool
+) -> "dict[str, list[Message]]":
+    """The dialogues of files, by their places; with markers spaced, where that was asked for."""
+    from minillama.chat.dialog import neutralise_messages
+    from minillama.chat.jsonl import read_dialogues
+
+    dialogues = read_dialogues(paths, chat_format)
+    if not neutralise:
+        return dialogues
+    safe = {
+        place: neutralise_messages(messages, tokenizer, chat_format)
+        for place, messages in dialogues.items()
+    }
+    pairs = [pair for place in safe for pair in zip(dialogues[place], safe[place], strict=True)]
+    print(
+        f"{sum(one != other for one, other in pairs):,} of {len(pairs):,} messages contained "
+        f"markers of the format {chat_format}: a space was put into each."
+    )
+    return safe
 
 
 def _place(model: str | None) -> str:

@@ -25,7 +25,8 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from minillama.chat.dialog import DialogTokens, Message, encode_dialog
+from minillama.chat.dialog import DialogTokens, Message, check_format, encode_dialog
+from minillama.chat.jsonl import Faults
 from minillama.checkpoint import open_checkpoint
 from minillama.checkpoint.weights import Checkpoint, llama_from
 from minillama.config import RunConfig, TrainingConfig, known_name
@@ -67,23 +68,24 @@ def tokenise(
     One that is longer than ``seq_len`` is cut behind its last answer that fits; one whose first
     answer does not fit is left out. A warning tells which.
 
-    Raises ValueError, naming the place, for a dialogue that does not end with an answer, has an
-    empty one, or that `encode_dialog` refuses.
+    Raises ValueError, naming up to ten places at once, for dialogues that do not end with an
+    answer, have an empty one, or that `encode_dialog` refuses.
     """
+    check_format(tokenizer, chat_format)
     if not isinstance(dialogues, Mapping):
         dialogues = {f"Dialogue {n}": dialogue for n, dialogue in enumerate(dialogues, 1)}
     examples, cut, dropped = [], list[str](), list[str]()
+    faults = Faults()
     for place, dialogue in dialogues.items():
-        try:
+        with faults.at(place):
             _check_answers(dialogue)
             example = encode_dialog(dialogue, tokenizer, chat_format)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-        if seq_len is not None and len(example.ids) > seq_len:
-            example = _cut(example, seq_len)
-            (cut if example.ids else dropped).append(place)
-        if example.ids:
-            examples.append(example)
+            if seq_len is not None and len(example.ids) > seq_len:
+                example = _cut(example, seq_len)
+                (cut if example.ids else dropped).append(place)
+            if example.ids:
+                examples.append(example)
+    faults.check()
     if cut or dropped:
         warnings.warn(
             f"Of {len(dialogues)} dialogues, {len(cut) + len(dropped)} are longer than seq_len "

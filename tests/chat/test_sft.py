@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 from small import STORIES, small_config, small_llama, small_tokenizer
 from torch.testing import assert_close
@@ -131,6 +132,21 @@ def test_a_dialogue_that_teaches_nothing_is_named(tok, dialogue, message):
         tokenise([DIALOGUES[0], dialogue], tok)
     with pytest.raises(ValueError, match=message.replace("Dialogue 2", "a.jsonl, line 7")):
         tokenise({"a.jsonl, line 7": dialogue}, tok)
+
+
+def test_all_dialogues_that_teach_nothing_are_named_at_once(tok):
+    with pytest.raises(ValueError, match="2 dialogues cannot be used") as found:
+        tokenise([said("Hi"), DIALOGUES[0], said("Hi", "[INST]")], tok)
+    lines = str(found.value).splitlines()
+    assert lines[1].startswith("Dialogue 1: The dialogue does not end with")
+    assert lines[2].startswith("Dialogue 3: Message 2 (assistant) contains '[INST]'")
+
+
+def test_a_format_that_cannot_be_is_no_mistake_of_a_dialogues(tok):
+    with pytest.raises(ValueError, match=r"^The chat format chatml needs the piece <\|im_start\|>"):
+        tokenise(DIALOGUES, tok, "chatml")
+    with pytest.raises(ValueError, match=r"^There is no chat format 'lama2'"):
+        tokenise(DIALOGUES, tok, "lama2")
 
 
 def test_a_long_dialogue_is_cut_behind_an_answer_or_left_out_and_named(tok):
@@ -526,7 +542,8 @@ def test_the_command_leaves_a_model_to_chat_with(tmp_path, base, chats, capsys, 
     assert f"{out} holds checkpoint/, loss.png" in shown
     assert shown.endswith(f"Try it: minillama chat {out / 'checkpoint'}\n")
     settings = tomllib.loads((out / "config.toml").read_text())
-    assert settings["data"] == {"files": [str(chats)], "chat_format": "llama2"}
+    data = {"files": [str(chats)], "chat_format": "llama2", "neutralise": False}
+    assert settings["data"] == data
     assert settings["training"]["steps"] == 14  # 27 rows, 2 a step
 
     lines = iter(["Which 1?"])
@@ -572,6 +589,7 @@ def test_the_line_that_started_a_run_resumes_it(tmp_path, base, chats, length):
         (("--across",), "across was False when"),
         (("--data", "other.jsonl"), "data was ["),
         (("--chat-format", "alpaca"), "chat_format was 'llama2' when"),
+        (("--neutralise",), "neutralise was False when"),
     ],
 )
 def test_a_resumed_run_keeps_what_it_was_started_with(
@@ -588,6 +606,32 @@ def test_another_format_is_named_to_the_user_again(tmp_path, base, chats, capsys
     shown = capsys.readouterr().out
     assert "in the format alpaca" in shown
     assert shown.endswith("/checkpoint --chat-format alpaca\n")
+
+
+def test_markers_in_dialogues_are_refused_or_spaced(tmp_path, base, chats, capsys):
+    lines = chats.read_text().splitlines()
+    for place, marker in ((4, "[INST]"), (8, "</s>"), (8, "<s>")):
+        lines[place] = lines[place].replace("Which", f"{marker} Which")
+    chats.write_text("\n".join(lines))
+    with pytest.raises(SystemExit):
+        sft(base, chats, tmp_path / "run")
+    shown = capsys.readouterr().err
+    assert "2 dialogues cannot be used:\n" in shown
+    assert f"\n{chats}, line 5: Message 1 (user) contains '[INST]'" in shown
+    assert f"\n{chats}, line 9: Message 1 (user) contains" in shown
+    assert "minillama sft --neutralise" in shown
+    assert not (tmp_path / "run").exists()
+
+    sft(base, chats, tmp_path / "run", "--neutralise")
+    shown = capsys.readouterr().out
+    assert "2 of 60 messages contained markers of the format llama2: a space was put" in shown
+    with safe_open(tmp_path / "run" / "tokens" / "examples.safetensors", "np") as file:
+        texts = [small_tokenizer().decode(row[0].tolist()) for row in file.get_tensor("rows")]
+    assert sum("[ INST] Which 4?" in text for text in texts) == 1
+    assert sum("< /s> < s> Which 8?" in text for text in texts) == 1
+    with pytest.raises(SystemExit):
+        sft(base, chats, tmp_path / "other")
+    main(["sft", "--resume", "--out", str(tmp_path / "run"), "--device", "cpu"])
 
 
 def test_steps_take_the_place_of_epochs(tmp_path, base, chats):
@@ -629,7 +673,7 @@ def test_the_toy_worlds_dialogues_fit_the_rows_of_the_toys_preset():
         (["BASE", "--data", "CHATS", "--chat-format", "lama2"], "no chat format 'lama2'"),
         (
             ["BASE", "--data", "CHATS", "--chat-format", "chatml"],
-            "chats.jsonl, line 1: The chat format chatml needs the piece",
+            "minillama: The chat format chatml needs the piece",
         ),
     ],
 )
