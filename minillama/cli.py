@@ -615,6 +615,7 @@ class Gatt:
     model: tyro.conf.Positional[str | None] = None  # a checkpoint that answers: `minillama sft`
     instructions: Path | None = None  # a text file: in each line one, a tab, and the same in short
     data: tuple[Path, ...] = ()  # JSON-lines files as for `minillama sft`: users' questions
+    neutralise: bool = False  # "[INST]" in a message becomes "[ INST]", and is no error
     out: Path = Path("runs/gatt")  # a new folder
     resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
     n_dialogues: int = 1024  # to hold under an instruction; every tenth is for validation
@@ -641,17 +642,21 @@ class Gatt:
         _follow(run)
         if not self.instructions and self.n_measured:
             self.show_obedience(run)
-        print(f"Try it: minillama chat {self.out / run.RESULT}")
+        chat_format = read_toml(self.out / CONFIG)["data"].get("chat_format")
+        spoken = f" --chat-format {chat_format}" if chat_format else ""
+        print(f"Try it: minillama chat {self.out / run.RESULT}{spoken}")
 
     def show_obedience(self, run: "SftRun") -> None:
         """Before and after, with instructions and questions of the toy world not trained on."""
         from minillama.chat.gatt import obedience, toy_talks
 
-        base = read_toml(self.out / CONFIG)["base"]["path"]
-        shares = {}
+        started, shares = read_toml(self.out / CONFIG), {}
+        base, chat_format = started["base"]["path"], started["data"].get("chat_format")
         for name, path in (("before", base), ("after", str(self.out / run.RESULT))):
             model, tokenizer = self._opening.load(path)
-            talks = toy_talks(model, tokenizer, self.n_measured, 20, "held-out", False)
+            talks = toy_talks(
+                model, tokenizer, self.n_measured, 20, "held-out", False, chat_format=chat_format
+            )
             shares[name] = obedience(talks)
         print_obedience(shares)
 
@@ -676,7 +681,9 @@ class Gatt:
         rng = Random(self.training.seed)
         found = examples(talks, tokenizer, rng, self.last_only, self.own, self.chat_format)
         obeyed = [good for talk in talks for good in talk.obeyed]
-        said = f"Of {len(obeyed):,} answers {sum(obeyed):,} obeyed"
+        did = "came to their end (nothing can check whether they obey)"
+        did = did if self.instructions else "obeyed"
+        said = f"Of {len(obeyed):,} answers {sum(obeyed):,} {did}"
         if len(found) < 2:
             raise ValueError(
                 f"{said}, in {len(found)} dialogues. At least 2 are needed, one to learn from and "
@@ -703,6 +710,7 @@ class Gatt:
         return {
             "instructions": str(self.instructions or "toy"),
             "data": list(map(str, self.data)),
+            "neutralise": self.neutralise,
             "n_dialogues": self.n_dialogues,
             "n_turns": self.n_turns,
             "shortest": self.shortest,
@@ -716,25 +724,29 @@ class Gatt:
     def _talks(self) -> "tuple[Tokenizer, list[Talk]]":
         """Dialogues that the model holds under instructions."""
         from minillama.chat import recognise
-        from minillama.chat.gatt import draw_rules, hold, read_instructions, toy_talks
-        from minillama.chat.jsonl import read_dialogues
+        from minillama.chat.gatt import draw_rules, hold, read_instructions, toy_talks, turns_of
 
         seed = self.training.seed
         given = read_instructions(self.instructions) if self.instructions else []
         model, tokenizer = self._opening.load(str(self.model))
+        chat_format = self.chat_format or recognise(tokenizer)
+        dialogues = _dialogues(self.data, tokenizer, chat_format, self.neutralise) if given else {}
+        turns = turns_of(dialogues, tokenizer, chat_format)
         print(f"{self.n_dialogues:,} dialogues are held under an instruction.", flush=True)
         if not given:
-            n, shortest = self.n_dialogues, self.shortest
-            talks = toy_talks(model, tokenizer, n, self.n_turns, seed=seed, shortest=shortest)
+            talks = toy_talks(
+                model,
+                tokenizer,
+                self.n_dialogues,
+                self.n_turns,
+                seed=seed,
+                shortest=self.shortest,
+                chat_format=chat_format,
+            )
             return tokenizer, talks
-        chat_format = self.chat_format or recognise(tokenizer)
-        dialogues = list(read_dialogues(self.data, chat_format).values())
         questions, own = (
-            [
-                [message.content for message in dialogue if message.role == role][: self.n_turns]
-                for dialogue in islice(cycle(dialogues), self.n_dialogues)
-            ]
-            for role in ("user", "assistant")
+            [said[: self.n_turns] for said in islice(cycle(each), self.n_dialogues)]
+            for each in turns
         )
         talks = hold(
             model,
