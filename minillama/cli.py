@@ -436,7 +436,7 @@ class Sft:
 
     A file has a dialogue a line, {"messages": [{"role": ..., "content": ...}, ...]}, or Alpaca's
     {"instruction": ..., "input": ..., "output": ...}; "toy" stands for the toy world's dialogues.
-    Rows longer than the model's context lengthen it.
+    A dialogue longer than the model's context lengthens it.
     Example: minillama sft data/toy/checkpoint --data toy --out runs/toy-chat
     """
 
@@ -498,9 +498,12 @@ class Sft:
                 "neutralise": self.neutralise,
             },
         )
-        before, context = checkpoint.config.max_seq_len, run.model.config.max_seq_len
-        if context > before:
-            print(f"The context grows from {before:,} to {context:,} tokens: a row is so long.")
+        if run.context > (before := checkpoint.config.max_seq_len):
+            longest = "row" if self.across else "dialogue"
+            print(
+                f"The context grows from {before:,} to {run.context:,} tokens: the longest "
+                f"{longest} has so many."
+            )
         return run
 
     def _source(self) -> dict[str, Any]:

@@ -368,16 +368,46 @@ def finished(tmp_path_factory, base) -> SftRun:
     return run
 
 
+LONGEST = max(len(example.ids) for example in tokenise(PAIRS[3:], small_tokenizer()))
+
+
 def test_it_learns_and_leaves_a_checkpoint_with_the_longer_context(finished, base):
+    assert small_config().max_seq_len < LONGEST < SEQ_LEN
     losses = [line["loss"] for line in finished.log() if "loss" in line]
     assert losses[-1] < losses[0] - 0.3
     names = {path.name for path in finished.folder.iterdir()}
     assert names == {"checkpoint", "config.toml", "log.jsonl", "loss.png", "states", "tokens"}
     model, tokenizer = load(finished.folder / "checkpoint")
-    assert model.config == small_config(max_seq_len=SEQ_LEN)
+    assert model.config == small_config(max_seq_len=LONGEST)
     assert tokenizer.pieces == small_tokenizer().pieces
-    tokens = torch.arange(100)[None]
+    tokens = torch.arange(LONGEST)[None]
     assert torch.equal(model(tokens), finished.model(tokens))
+
+
+def test_the_context_is_that_which_was_learned(tmp_path, base):
+    """Positions begin anew in each example, so a long row gives no sense to its own."""
+    short = [said("Who?", "Ada."), said("What?", "A kite.")] * 9
+    examples = tokenise(short, small_tokenizer())
+    config = replace(TRAINING, steps=1, warmup_steps=0)
+    contexts = {}
+    for across in (False, True):
+        run = SftRun(
+            tmp_path / str(across),
+            examples,
+            examples,
+            small_tokenizer(),
+            base,
+            config,
+            None,
+            across,
+        )
+        assert run.n_tokens > 0
+        for _ in run:
+            pass
+        assert run.evaluate().loss > 0  # on rows that are longer than the context
+        contexts[across] = load(run.folder / "checkpoint")[0].config.max_seq_len
+        assert run.context == contexts[across]
+    assert contexts == {False: small_config().max_seq_len, True: SEQ_LEN}
 
 
 COMPILED = """
@@ -459,7 +489,7 @@ def test_attention_across_is_a_part_of_the_run(tmp_path, base):
     run = new_run(tmp_path / "run", base, across=True)
     assert next(run.batches).positions is None
     settings = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
-    assert settings["packing"] == {"across": True}
+    assert settings["packing"] == {"across": True, "context": SEQ_LEN}
     resumed = SftRun.resume(tmp_path / "run")
     assert next(resumed.batches).positions is None
 
@@ -538,7 +568,7 @@ def test_the_command_leaves_a_model_to_chat_with(tmp_path, base, chats, capsys, 
     shown = capsys.readouterr().out
     assert "27 dialogues in the format llama2: " in shown
     assert "3 more are held out." in shown
-    assert "The context grows from 64 to 128 tokens" in shown
+    assert f"The context grows from 64 to {LONGEST} tokens: the longest dialogue has" in shown
     assert f"{out} holds checkpoint/, loss.png" in shown
     assert shown.endswith(f"Try it: minillama chat {out / 'checkpoint'}\n")
     settings = tomllib.loads((out / "config.toml").read_text())
@@ -549,7 +579,7 @@ def test_the_command_leaves_a_model_to_chat_with(tmp_path, base, chats, capsys, 
     lines = iter(["Which 1?"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
     main(["chat", str(out / "checkpoint"), "--device", "cpu", "--max-new-tokens", "5"])
-    assert "a context of 128 tokens, chat format llama2" in capsys.readouterr().out
+    assert f"a context of {LONGEST} tokens, chat format llama2" in capsys.readouterr().out
 
 
 def test_the_command_resumes_with_or_without_the_same_flags(tmp_path, base, chats, capsys):
