@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from minillama.app.models import ServedModel
-    from minillama.chat.dialog import DialogTokens
+    from minillama.chat.dialog import DialogTokens, Message
     from minillama.chat.gatt import Talk
     from minillama.chat.sft import SftRun
     from minillama.model import Llama
@@ -436,7 +436,7 @@ class Sft:
 
     A file has a dialogue a line, {"messages": [{"role": ..., "content": ...}, ...]}, or Alpaca's
     {"instruction": ..., "input": ..., "output": ...}; "toy" stands for the toy world's dialogues.
-    Rows longer than the model's context lengthen it.
+    A dialogue longer than the model's context lengthens it.
     Example: minillama sft data/toy/checkpoint --data toy --out runs/toy-chat
     """
 
@@ -447,6 +447,7 @@ class Sft:
     preset: str = "llama2"  # how it is trained: llama2, the paper's way; toy, for --data toy
     epochs: float | None = SFT_EPOCHS  # how often each dialogue is learned; instead: --steps
     chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
+    neutralise: bool = False  # "[INST]" in a message becomes "[ INST]", and is no error
     across: bool = False  # dialogues see those before them in a row
     tokenizer: Path | None = None  # where it does not lie beside the weights
     device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
@@ -491,11 +492,18 @@ class Sft:
             self.across,
             _device(self.device),
             self.saving,
-            {"files": list(self.data), "chat_format": self._format(tokenizer)},
+            {
+                "files": list(self.data),
+                "chat_format": self._format(tokenizer),
+                "neutralise": self.neutralise,
+            },
         )
-        before, context = checkpoint.config.max_seq_len, run.model.config.max_seq_len
-        if context > before:
-            print(f"The context grows from {before:,} to {context:,} tokens: a row is so long.")
+        if run.context > (before := checkpoint.config.max_seq_len):
+            longest = "row" if self.across else "dialogue"
+            print(
+                f"The context grows from {before:,} to {run.context:,} tokens: the longest "
+                f"{longest} has so many."
+            )
         return run
 
     def _source(self) -> dict[str, Any]:
@@ -505,6 +513,7 @@ class Sft:
             "across": self.across,
             "data": list(self.data),
             "chat_format": self.chat_format or "",
+            "neutralise": self.neutralise,
         }
 
     def _resumed(self) -> "SftRun":
@@ -525,13 +534,13 @@ class Sft:
             "across": started["packing"]["across"],
             "data": started["data"]["files"],
             "chat_format": started["data"]["chat_format"],
+            "neutralise": started["data"].get("neutralise", False),
         }
         _keeps(self.out, self._source(), source, Sft()._source())
         return run
 
     def _examples(self, tokenizer: "Tokenizer") -> "tuple[list[DialogTokens], list[DialogTokens]]":
         """What to learn from, and what is held out."""
-        from minillama.chat.jsonl import read_dialogues
         from minillama.chat.sft import tokenise, toy_dialogues
 
         chat_format, seq_len = self._format(tokenizer), self.training.seq_len
@@ -543,7 +552,7 @@ class Sft:
         elif "toy" in self.data and not Path("toy").exists():
             raise ValueError("--data toy stands alone: dialogues of files go without it.")
         else:
-            dialogues = read_dialogues(self.data, chat_format)
+            dialogues = _dialogues(self.data, tokenizer, chat_format, self.neutralise)
             examples = tokenise(dialogues, tokenizer, chat_format, seq_len)
             if len(examples) < 2:
                 raise ValueError(
@@ -609,6 +618,7 @@ class Gatt:
     model: tyro.conf.Positional[str | None] = None  # a checkpoint that answers: `minillama sft`
     instructions: Path | None = None  # a text file: in each line one, a tab, and the same in short
     data: tuple[Path, ...] = ()  # JSON-lines files as for `minillama sft`: users' questions
+    neutralise: bool = False  # "[INST]" in a message becomes "[ INST]", and is no error
     out: Path = Path("runs/gatt")  # a new folder
     resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
     n_dialogues: int = 1024  # to hold under an instruction; every tenth is for validation
@@ -635,17 +645,21 @@ class Gatt:
         _follow(run)
         if not self.instructions and self.n_measured:
             self.show_obedience(run)
-        print(f"Try it: minillama chat {self.out / run.RESULT}")
+        chat_format = read_toml(self.out / CONFIG)["data"].get("chat_format")
+        spoken = f" --chat-format {chat_format}" if chat_format else ""
+        print(f"Try it: minillama chat {self.out / run.RESULT}{spoken}")
 
     def show_obedience(self, run: "SftRun") -> None:
         """Before and after, with instructions and questions of the toy world not trained on."""
         from minillama.chat.gatt import obedience, toy_talks
 
-        base = read_toml(self.out / CONFIG)["base"]["path"]
-        shares = {}
+        started, shares = read_toml(self.out / CONFIG), {}
+        base, chat_format = started["base"]["path"], started["data"].get("chat_format")
         for name, path in (("before", base), ("after", str(self.out / run.RESULT))):
             model, tokenizer = self._opening.load(path)
-            talks = toy_talks(model, tokenizer, self.n_measured, 20, "held-out", False)
+            talks = toy_talks(
+                model, tokenizer, self.n_measured, 20, "held-out", False, chat_format=chat_format
+            )
             shares[name] = obedience(talks)
         print_obedience(shares)
 
@@ -670,7 +684,9 @@ class Gatt:
         rng = Random(self.training.seed)
         found = examples(talks, tokenizer, rng, self.last_only, self.own, self.chat_format)
         obeyed = [good for talk in talks for good in talk.obeyed]
-        said = f"Of {len(obeyed):,} answers {sum(obeyed):,} obeyed"
+        did = "came to their end (nothing can check whether they obey)"
+        did = did if self.instructions else "obeyed"
+        said = f"Of {len(obeyed):,} answers {sum(obeyed):,} {did}"
         if len(found) < 2:
             raise ValueError(
                 f"{said}, in {len(found)} dialogues. At least 2 are needed, one to learn from and "
@@ -697,6 +713,7 @@ class Gatt:
         return {
             "instructions": str(self.instructions or "toy"),
             "data": list(map(str, self.data)),
+            "neutralise": self.neutralise,
             "n_dialogues": self.n_dialogues,
             "n_turns": self.n_turns,
             "shortest": self.shortest,
@@ -710,25 +727,29 @@ class Gatt:
     def _talks(self) -> "tuple[Tokenizer, list[Talk]]":
         """Dialogues that the model holds under instructions."""
         from minillama.chat import recognise
-        from minillama.chat.gatt import draw_rules, hold, read_instructions, toy_talks
-        from minillama.chat.jsonl import read_dialogues
+        from minillama.chat.gatt import draw_rules, hold, read_instructions, toy_talks, turns_of
 
         seed = self.training.seed
         given = read_instructions(self.instructions) if self.instructions else []
         model, tokenizer = self._opening.load(str(self.model))
+        chat_format = self.chat_format or recognise(tokenizer)
+        dialogues = _dialogues(self.data, tokenizer, chat_format, self.neutralise) if given else {}
+        turns = turns_of(dialogues, tokenizer, chat_format)
         print(f"{self.n_dialogues:,} dialogues are held under an instruction.", flush=True)
         if not given:
-            n, shortest = self.n_dialogues, self.shortest
-            talks = toy_talks(model, tokenizer, n, self.n_turns, seed=seed, shortest=shortest)
+            talks = toy_talks(
+                model,
+                tokenizer,
+                self.n_dialogues,
+                self.n_turns,
+                seed=seed,
+                shortest=self.shortest,
+                chat_format=chat_format,
+            )
             return tokenizer, talks
-        chat_format = self.chat_format or recognise(tokenizer)
-        dialogues = list(read_dialogues(self.data, chat_format).values())
         questions, own = (
-            [
-                [message.content for message in dialogue if message.role == role][: self.n_turns]
-                for dialogue in islice(cycle(dialogues), self.n_dialogues)
-            ]
-            for role in ("user", "assistant")
+            [said[: self.n_turns] for said in islice(cycle(each), self.n_dialogues)]
+            for each in turns
         )
         talks = hold(
             model,
@@ -1455,6 +1476,28 @@ def _keeps(
                 f"resumed run keeps what it was started with: leave that out, or start a new run "
                 f"with --out."
             )
+
+
+def _dialogues(
+    paths: Iterable[str | Path], tokenizer: "Tokenizer", chat_format: str, neutralise: bool
+) -> "dict[str, list[Message]]":
+    """The dialogues of files, by their places; with markers spaced, where that was asked for."""
+    from minillama.chat.dialog import neutralise_messages
+    from minillama.chat.jsonl import read_dialogues
+
+    dialogues = read_dialogues(paths, chat_format)
+    if not neutralise:
+        return dialogues
+    safe = {
+        place: neutralise_messages(messages, tokenizer, chat_format)
+        for place, messages in dialogues.items()
+    }
+    pairs = [pair for place in safe for pair in zip(dialogues[place], safe[place], strict=True)]
+    print(
+        f"{sum(one != other for one, other in pairs):,} of {len(pairs):,} messages contained "
+        f"markers of the format {chat_format}: a space was put into each."
+    )
+    return safe
 
 
 def _place(model: str | None) -> str:

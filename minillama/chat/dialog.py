@@ -134,6 +134,8 @@ def encode_dialog(
     them; in llama2 also the space that Meta puts in between, without which nothing leads to the
     end.
 
+    A dialogue's ids begin with those of its first turns, question and answer together.
+
     Control pieces come from the format alone: their number depends on the number of turns, whatever
     the messages say. A message that contains the name of one, or a marker like "[INST]", is an
     error; ``neutralised`` puts a space into it instead (see `neutralise`).
@@ -145,20 +147,9 @@ def encode_dialog(
     the formats of Alpaca and ChatML.
     """
     form = FORMATS[known_name("chat format", chat_format, FORMATS)]
-    check_order(messages, chat_format)
     if neutralised:
-        messages = [
-            replace(m, content=neutralise(m.content, tokenizer, chat_format)) for m in messages
-        ]
-    marker = _markers(tokenizer, chat_format)
-    for place, message in enumerate(messages, 1):
-        if found := marker.search(message.content):
-            raise ValueError(
-                f"Message {place} ({message.role}) contains {found[0]!r}, which marks the turns of "
-                f"a dialogue in the format {chat_format}: a text with it could speak for somebody "
-                f"else. Put a space into it, {_spaced(found)!r}, as `neutralise` of minillama.chat "
-                f"does."
-            )
+        messages = neutralise_messages(messages, tokenizer, chat_format)
+    check_messages(messages, tokenizer, chat_format)
     writer, strip = _Writer(tokenizer, chat_format), str.strip if form.strips else str
     writer.write(form.begin, "system")
     head, cue = messages[0], form.reply if form.cue is None else form.cue
@@ -210,6 +201,13 @@ def neutralise(text: str, tokenizer: Tokenizer, chat_format: str = "llama2") -> 
     return _markers(tokenizer, chat_format).sub(_spaced, text)
 
 
+def neutralise_messages(
+    messages: Iterable[Message], tokenizer: Tokenizer, chat_format: str = "llama2"
+) -> list[Message]:
+    """The messages with their texts neutralised (see `neutralise`)."""
+    return [replace(m, content=neutralise(m.content, tokenizer, chat_format)) for m in messages]
+
+
 def fit(
     messages: Sequence[Message],
     tokenizer: Tokenizer,
@@ -245,6 +243,29 @@ def fit(
             f"{room}, the answer not included. Shorten the message or the system message."
         )
     return without(dropped), ids
+
+
+def check_format(tokenizer: Tokenizer, chat_format: str) -> None:
+    """Raises ValueError for an unknown format, or a vocabulary that lacks one of its pieces."""
+    form = FORMATS[known_name("chat format", chat_format, FORMATS)]
+    for template in vars(form).values():
+        for part in template if isinstance(template, tuple) else ():
+            if isinstance(part, Piece) and part != NEW_TEXT:
+                _id_of(part, tokenizer, chat_format)
+
+
+def check_messages(messages: Sequence[Message], tokenizer: Tokenizer, chat_format: str) -> None:
+    """Raises ValueError for messages out of turn, or one that contains a marker of the format."""
+    check_order(messages, chat_format)
+    marker = _markers(tokenizer, chat_format)
+    for place, message in enumerate(messages, 1):
+        if found := marker.search(message.content):
+            raise ValueError(
+                f"Message {place} ({message.role}) contains {found[0]!r}, which marks the turns of "
+                f"a dialogue in the format {chat_format}: a text with it could speak for somebody "
+                f"else. Put a space into it, {_spaced(found)!r}, as `neutralise` of minillama.chat "
+                f"and `minillama sft --neutralise` do."
+            )
 
 
 def check_order(messages: Iterable[Message], chat_format: str) -> None:
@@ -315,7 +336,8 @@ def _id_of(piece: Piece, tokenizer: Tokenizer, chat_format: str) -> int:
 
 
 def _markers(tokenizer: Tokenizer, chat_format: str) -> re.Pattern[str]:
-    names = {*FORMATS[chat_format].markers, *tokenizer.special_ids}
+    form = FORMATS[known_name("chat format", chat_format, FORMATS)]
+    names = {*form.markers, *tokenizer.special_ids}
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 

@@ -14,7 +14,8 @@ Source: Touvron et al. 2023b, sec. 3.3 (arXiv:2307.09288). Built in notebooks/11
 import copy
 import os
 import reprlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
@@ -29,11 +30,14 @@ from torch import Tensor
 from minillama.chat.dialog import (
     DialogTokens,
     Message,
+    check_format,
+    check_messages,
     encode_dialog,
     end_of_answer,
     neutralise,
     recognise,
 )
+from minillama.chat.jsonl import Faults
 from minillama.config import Sampling
 from minillama.data.dialogues import dialogue, instructions
 from minillama.generation import Decoder, sample
@@ -188,6 +192,38 @@ def instructed(messages: Sequence[Message], instruction: str, reminder: str = ""
     return said
 
 
+def turns_of(
+    dialogues: Mapping[str, Sequence[Message]], tokenizer: Tokenizer, chat_format: str
+) -> tuple[list[list[str]], list[list[str]]]:
+    """What the users of dialogues ask, and what they are answered there: questions, own answers.
+
+    System messages are left out, for the rule takes their place; a warning tells how many.
+    Raises ValueError, naming up to ten places at once, for dialogues whose messages are out of turn
+    or contain a marker of the format; and for a vocabulary without its pieces.
+    """
+    check_format(tokenizer, chat_format)
+    faults = Faults()
+    for place, messages in dialogues.items():
+        with faults.at(place):
+            check_messages(messages, tokenizer, chat_format)
+    faults.check()
+    told = [place for place, messages in dialogues.items() if messages[0].role == "system"]
+    if told:
+        warnings.warn(
+            f"Of {len(dialogues)} dialogues, {len(told)} have a system message, the first in "
+            f"{told[0]}: it is left out, for a rule takes its place.",
+            stacklevel=2,
+        )
+    questions, answers = (
+        [
+            [each.content for each in messages if each.role == role]
+            for messages in dialogues.values()
+        ]
+        for role in ("user", "assistant")
+    )
+    return questions, answers
+
+
 def hold(
     model: Llama,
     tokenizer: Tokenizer,
@@ -215,7 +251,8 @@ def hold(
     place. `chat_format` None takes the one that the vocabulary speaks for.
     `context` is in tokens; None is the model's own. More is possible, as RoPE has angles for every
     position; the training data, without the reminders, is shorter.
-    Raises ValueError where not even a first turn fits, and what `encode_dialog` raises.
+    Raises ValueError before the first answer where not even a first turn fits, and what
+    `encode_dialog` raises.
     """
     if len(questions) != len(rules):
         raise ValueError(
@@ -244,6 +281,11 @@ def hold(
         return ids if len(ids) <= room else []
 
     talks = [Talk(rule, [], [], own[i] if own else ()) for i, rule in enumerate(rules)]
+    faults = Faults()
+    for i in range(len(talks)):  # now, and not after hours
+        with faults.at(f"Dialogue {i + 1}"):
+            prompt(i)
+    faults.check()
     for start in range(0, len(talks), rows):
         talking = list(range(start, min(start + rows, len(talks))))  # who stands in each row
         generators = [torch.Generator().manual_seed(seed + i) for i in talking]
@@ -325,6 +367,7 @@ def toy_talks(
     every_turn: bool = True,
     seed: int = 0,
     shortest: int | None = None,
+    chat_format: str | None = None,
 ) -> list[Talk]:
     """`n` dialogues of the toy world, held by a model, as `hold` gives them.
 
@@ -345,7 +388,16 @@ def toy_talks(
     rules = draw_rules(instructions(split), n, rng)
     context = TOY_CONTEXT if every_turn else None
     return hold(
-        model, tokenizer, asked, rules, every_turn, TOY_ANSWER, seed=seed, own=own, context=context
+        model,
+        tokenizer,
+        asked,
+        rules,
+        every_turn,
+        TOY_ANSWER,
+        seed=seed,
+        chat_format=chat_format,
+        own=own,
+        context=context,
     )
 
 

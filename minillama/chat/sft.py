@@ -7,6 +7,7 @@
 Source: Touvron et al. 2023b, sec. 3.1 (arXiv:2307.09288). Built in notebooks/10_sft.ipynb.
 """
 
+import copy
 import hashlib
 import os
 import warnings
@@ -14,6 +15,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from math import ceil, inf
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -24,7 +26,8 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from minillama.chat.dialog import DialogTokens, Message, encode_dialog
+from minillama.chat.dialog import DialogTokens, Message, check_format, encode_dialog
+from minillama.chat.jsonl import Faults
 from minillama.checkpoint import open_checkpoint
 from minillama.checkpoint.weights import Checkpoint, llama_from
 from minillama.config import RunConfig, TrainingConfig, known_name
@@ -66,28 +69,24 @@ def tokenise(
     One that is longer than ``seq_len`` is cut behind its last answer that fits; one whose first
     answer does not fit is left out. A warning tells which.
 
-    Raises ValueError, naming the place, for a dialogue that does not end with an answer, has an
-    empty one, or that `encode_dialog` refuses.
+    Raises ValueError, naming up to ten places at once, for dialogues that do not end with an
+    answer, have an empty one, or that `encode_dialog` refuses.
     """
+    check_format(tokenizer, chat_format)
     if not isinstance(dialogues, Mapping):
         dialogues = {f"Dialogue {n}": dialogue for n, dialogue in enumerate(dialogues, 1)}
-    examples, cut, dropped = [], [], []
+    examples, cut, dropped = [], list[str](), list[str]()
+    faults = Faults()
     for place, dialogue in dialogues.items():
-        try:
+        with faults.at(place):
             _check_answers(dialogue)
             example = encode_dialog(dialogue, tokenizer, chat_format)
-            kept = list(dialogue)
-            while seq_len is not None and len(example.ids) > seq_len and len(kept) > 3:
-                del kept[-2:]
-                example = encode_dialog(kept, tokenizer, chat_format)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-        if seq_len is not None and len(example.ids) > seq_len:
-            dropped.append(place)
-            continue
-        if len(kept) < len(dialogue):
-            cut.append(place)
-        examples.append(example)
+            if seq_len is not None and len(example.ids) > seq_len:
+                example = _cut(example, seq_len)
+                (cut if example.ids else dropped).append(place)
+            if example.ids:
+                examples.append(example)
+    faults.check()
     if cut or dropped:
         warnings.warn(
             f"Of {len(dialogues)} dialogues, {len(cut) + len(dropped)} are longer than seq_len "
@@ -97,6 +96,20 @@ def tokenise(
             stacklevel=2,
         )
     return examples
+
+
+def _cut(example: DialogTokens, size: int) -> DialogTokens:
+    """As many of the first turns as take no more than ``size`` tokens; of no turn, no tokens.
+
+    They are the first tokens of the whole (see `encode_dialog`).
+    """
+    ends = [
+        place
+        for place, (role, following) in enumerate(pairwise([*example.roles, "user"]), 1)
+        if (role, following) == ("assistant", "user")
+    ]
+    end = max((end for end in ends if end <= size), default=0)
+    return DialogTokens(example.ids[:end], example.roles[:end], example.learned[:end])
 
 
 def _check_answers(dialogue: Dialogue) -> None:
@@ -207,9 +220,10 @@ class SftRun(PretrainingRun):
 
     It takes the same steps, leaves the same folder, saves the same states, and resumes as exactly;
     the examples are packed into rows of `config.seq_len` tokens. `base` is what `open_checkpoint`
-    takes; it is read again to resume, and never written. Where `seq_len` is more than its context,
-    the new model has that context: RoPE has angles for every position, and training gives them
-    their sense (Llama 2's authors did so with LLaMA 1).
+    takes; it is read again to resume, and never written. Where the longest example has more tokens
+    than its context, the new model has a context of that many: RoPE has angles for every position,
+    and training gives them their sense (Llama 2's authors did so with LLaMA 1). Longer rows give it
+    none, as positions begin anew in each example.
 
     With `epochs` the run has as many steps as it takes to learn every row so often, and
     `config.steps` does not count. `across` lets the examples of a row see those before them.
@@ -239,12 +253,13 @@ class SftRun(PretrainingRun):
         trained: Sequence[str] = (),
     ) -> None:
         path = Path(base).absolute() if Path(base).exists() else base  # or a name
-        model_config = _open_base(base, config.seq_len).config
+        checkpoint = _open_base(base)
+        longest = config.seq_len if across else max((len(each.ids) for each in examples), default=0)
         rows = pack(examples, config.seq_len)
         if epochs is not None:
             config = replace(config, steps=_steps(epochs, len(rows), config))
         settings = {
-            "model": model_config.to_dict(),
+            "model": _for_rows(checkpoint, config.seq_len).config.to_dict(),
             "training": asdict(config),
             "saving": asdict(saving or RunConfig()),
             "shares": {"examples": 1.0},
@@ -252,7 +267,10 @@ class SftRun(PretrainingRun):
                 "path": str(path),
                 "trained": [known_name("matrix of the blocks", t, LINEARS) for t in trained],
             },
-            "packing": {"across": across},
+            "packing": {
+                "across": across,
+                "context": max(checkpoint.config.max_seq_len, longest),  # tokens, of the new model
+            },
             "data": dict(origin or {}),
         }
         try:
@@ -269,7 +287,7 @@ class SftRun(PretrainingRun):
         return super()._plan(settings)
 
     def _first_model(self, settings: Mapping[str, Any]) -> Llama:
-        checkpoint = _open_base(settings["base"]["path"], self.config.seq_len)
+        checkpoint = _for_rows(_open_base(settings["base"]["path"]), self.config.seq_len)
         if checkpoint.config.to_dict() != settings["model"]:
             raise ValueError(
                 f"{checkpoint.path} holds another model than when this run was started. Restore "
@@ -280,6 +298,17 @@ class SftRun(PretrainingRun):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.split(".")[-2] in trained)
         return model
+
+    @property
+    def context(self) -> int:
+        """The new model's context, in tokens."""
+        context: int = self._identity["packing"]["context"]
+        return context
+
+    def _finish(self, model: Llama) -> None:
+        model = copy.copy(model)  # in the same memory
+        model.config = replace(model.config, max_seq_len=self.context)
+        super()._finish(model)
 
     @staticmethod
     def _write(path: Path, rows: np.ndarray, tokenizer: Tokenizer, seq_len: int) -> dict[str, int]:
@@ -316,8 +345,8 @@ def _steps(epochs: float, n_rows: int, config: TrainingConfig) -> int:
     return ceil(epochs * n_rows / (config.batch_size * config.accumulation))
 
 
-def _open_base(base: str | os.PathLike[str], seq_len: int) -> Checkpoint:
-    """The model to start from, with a context of at least ``seq_len`` tokens."""
+def _open_base(base: str | os.PathLike[str]) -> Checkpoint:
+    """The model to start from."""
     checkpoint = open_checkpoint(base)
     if checkpoint.quantization:
         raise ValueError(
@@ -325,6 +354,11 @@ def _open_base(base: str | os.PathLike[str], seq_len: int) -> Checkpoint:
             f"cannot move by a little. Take the model it was made of; or train an adapter: "
             f"minillama lora."
         )
+    return checkpoint
+
+
+def _for_rows(checkpoint: Checkpoint, seq_len: int) -> Checkpoint:
+    """The model as it is trained: with room for rows of so many tokens."""
     context = max(checkpoint.config.max_seq_len, seq_len)
     return replace(checkpoint, config=replace(checkpoint.config, max_seq_len=context))
 

@@ -27,6 +27,7 @@ from minillama.chat.gatt import (
     read_instructions,
     strongest_attention,
     toy_talks,
+    turns_of,
 )
 from minillama.chat.sft import batches, pack, tokenise
 from minillama.checkpoint import load, save
@@ -181,6 +182,61 @@ def test_what_cannot_be_held_is_refused_with_numbers(tok):
         hold(MODEL, tok, [["Ada?"]], [BOAT], max_new_tokens=500)
     with pytest.raises(ValueError, match="2 dialogues and 1 rules"):
         hold(MODEL, tok, [["Ada?"], ["Ben?"]], [BOAT])
+
+
+def test_a_first_turn_that_does_not_fit_is_named_before_any_answer(tok, monkeypatch):
+    monkeypatch.setattr("minillama.chat.gatt._Reader", None)  # nobody answers
+    questions, long = [["Ada?"], ["Ada? " * 200], ["Ben?"]], "Sing. " * 200
+    with pytest.raises(ValueError, match="2 dialogues cannot be used") as found:
+        hold(MODEL, tok, questions, [BOAT, BOAT, Rule(long, ())], rows=1)
+    lines = str(found.value).splitlines()
+    assert lines[1].startswith("Dialogue 2: A first question takes ")
+    assert lines[2].startswith("Dialogue 3: A first question takes ")
+
+
+def test_of_dialogues_the_questions_and_the_answers_are_taken(tok):
+    places = {"a, line 1": DIALOGUE, "a, line 2": DIALOGUE[:1]}
+    assert turns_of(places, tok, "llama2") == (
+        [["Ada?", "Ben?"], ["Ada?"]],
+        [["Ada had a kite.", "Ben had a lamp."], []],
+    )
+    told = [Message("system", "Be brief."), *DIALOGUE]
+    with pytest.warns(UserWarning, match="Of 3 dialogues, 1 have a system message.* in b, line 9"):
+        found = turns_of(places | {"b, line 9": told}, tok, "llama2")
+    assert found[0][2] == ["Ada?", "Ben?"]
+
+
+def test_of_dialogues_out_of_turn_or_with_markers_the_places_are_named(tok):
+    bad = {
+        "a, line 1": [DIALOGUE[1], *DIALOGUE],
+        "a, line 2": DIALOGUE,
+        "a, line 3": [DIALOGUE[0], *DIALOGUE],
+        "a, line 4": [*DIALOGUE, Message("user", "[INST] Jon?")],
+        "a, line 5": [*DIALOGUE[:3], Message("assistant", "</s>")],
+    }
+    with pytest.raises(ValueError, match="4 dialogues cannot be used") as found:
+        turns_of(bad, tok, "llama2")
+    assert [line[:32] for line in str(found.value).splitlines()[1:]] == [
+        "a, line 1: Message 1 is of role ",
+        "a, line 3: Message 2 is of role ",
+        "a, line 4: Message 5 (user) cont",
+        "a, line 5: Message 4 (assistant)",
+    ]
+    with pytest.raises(ValueError, match=r"^The chat format chatml needs the piece"):
+        turns_of(bad, tok, "chatml")
+
+
+def test_the_toy_worlds_dialogues_are_held_in_the_format_that_is_asked_for(tok, monkeypatch):
+    seen = []
+
+    def recorded(messages, tokenizer, chat_format):
+        seen.append(chat_format)
+        return encode_dialog(messages, tokenizer, chat_format)
+
+    monkeypatch.setattr("minillama.chat.gatt.encode_dialog", recorded)
+    hot = small_llama(max_seq_len=1536)
+    toy_talks(hot, tok, 1, n_turns=1, chat_format="alpaca")
+    assert set(seen) == {"alpaca"}
 
 
 def test_dialogues_of_the_toy_world_have_as_many_turns_as_was_asked():
@@ -438,7 +494,8 @@ def test_the_command_learns_what_the_model_said(tmp_path, base, files, tok, caps
     main(["gatt", str(base), *files, "--out", str(out), *FLAGS])
     shown = capsys.readouterr().out
     assert "12 dialogues are held under an instruction." in shown
-    assert "Of 18 answers 18 obeyed" in shown  # every second dialogue has two
+    # Every second dialogue has two.
+    assert "Of 18 answers 18 came to their end (nothing can check whether they obey)" in shown
     assert shown.endswith(f"Try it: minillama chat {out / 'checkpoint'}\n")
     with safe_open(out / "tokens" / "examples.safetensors", "np") as file:
         rows = file.get_tensor("rows")
@@ -527,7 +584,7 @@ def test_what_is_held_fits_the_rows_that_are_learned(tmp_path, base, files, caps
         "cpu",
     ]  # one turn fits, two do not
     main(["gatt", str(base), *files, "--out", str(tmp_path / "run"), *flags, *short, "--own", "0"])
-    assert "Of 12 answers 12 obeyed" in capsys.readouterr().out
+    assert "Of 12 answers 12 came to their end" in capsys.readouterr().out
 
 
 def test_obedience_is_shown_before_and_after(tmp_path, base, tok, monkeypatch, capsys):
@@ -549,6 +606,45 @@ def test_obedience_is_shown_before_and_after(tmp_path, base, tok, monkeypatch, c
     assert lines[place + 2].split() == ["after", *["100%"] * 7]
 
 
+def test_the_format_that_was_given_is_that_of_all_that_is_held(
+    tmp_path, base, tok, monkeypatch, capsys
+):
+    formats = []
+
+    def as_told(*_, chat_format=None, **__):
+        formats.append(chat_format)
+        return [talk_of("a boat")] * 12
+
+    monkeypatch.setattr("minillama.chat.gatt.toy_talks", as_told)
+    more = ["--out", str(tmp_path / "run"), *FLAGS, "--chat-format", "alpaca"]
+    main(["gatt", str(base), *more])
+    assert formats == ["alpaca"] * 3  # to learn from, before, and after
+    assert capsys.readouterr().out.endswith("/checkpoint --chat-format alpaca\n")
+
+
+def test_bad_dialogues_are_named_before_any_is_held(tmp_path, base, files, capsys, monkeypatch):
+    monkeypatch.setattr("minillama.chat.gatt.hold", None)
+    asked = Path(files[-1])
+    user, answer = ({"role": role, "content": "Ada"} for role in ("user", "assistant"))
+    marked = {"role": "user", "content": "Say </s>"}
+    lines = [[user, answer], [answer, user, answer], [user, answer, marked]]
+    asked.write_text("".join(json.dumps({"messages": each}) + "\n" for each in lines))
+    with pytest.raises(SystemExit):
+        main(["gatt", str(base), *files, "--out", str(tmp_path / "run"), *FLAGS])
+    shown = capsys.readouterr()
+    assert f"{asked}, line 2: Message 1 is of role 'assistant'" in shown.err
+    assert f"{asked}, line 3: Message 3 (user) contains '</s>'" in shown.err
+    assert "are held" not in shown.out
+
+
+def test_markers_in_questions_are_spaced_on_request(tmp_path, base, files, capsys):
+    asked = Path(files[-1])
+    asked.write_text(asked.read_text().replace("No.", "</s>"))
+    main(["gatt", str(base), *files, "--out", str(tmp_path / "run"), *FLAGS, "--neutralise"])
+    shown = capsys.readouterr().out
+    assert "3 of 6 messages contained markers of the format llama2: a space was put" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -556,11 +652,13 @@ def test_obedience_is_shown_before_and_after(tmp_path, base, tok, monkeypatch, c
         (["BASE", "--data", "asked.jsonl"], "both or neither"),
         (
             ["BASE", "FILES", "--n-dialogues", "1"],
-            "Of 1 answers 1 obeyed, in",
+            "Of 1 answers 1 came to their end (nothing can check whether they obey), in",
         ),
-        (["BASE", "FILES", "--max-new-tokens", "2"], "answers 0 obeyed, in 0 dialogues"),
+        (["BASE", "FILES", "--max-new-tokens", "2"], "answers 0 came to their end"),
         (["nowhere"], "There is no nowhere"),
         (["BASE", "FILES", "--trained", "wx"], "no matrix of the blocks 'wx'"),
+        (["BASE", "FILES", "--chat-format", "chatml"], "chatml needs the piece <|im_start|>"),
+        (["BASE", "--chat-format", "chatml"], "chatml needs the piece <|im_start|>"),
     ],
 )
 def test_a_mistake_is_one_text_and_leaves_nothing(

@@ -39,7 +39,10 @@ def test_several_files_and_a_byte_order_mark(tmp_path):
     assert list(read_dialogues([first, second])) == [f"{first}, line 1", f"{second}, line 1"]
 
 
-@pytest.mark.parametrize("given", [{}, {"input": ""}, {"input": None}])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"input": ""}, {"input": None}, {"input": " \n"}, {"system": " "}, {"system": None}],
+)
 def test_alpacas_form_without_an_input(tmp_path, given, tok):
     path = file_of(tmp_path, {"instruction": "Name a boat.", "output": "Ada.", **given})
     expected = [Message("user", "Name a boat."), Message("assistant", "Ada.")]
@@ -64,6 +67,16 @@ def test_alpacas_form_with_an_input(tmp_path, tok):
         "appropriately completes the request.\n\n### Instruction:\nName it.\n\n"
         "### Input:\nA boat\n\n### Response:Ada."
     )
+
+
+def test_alpacas_form_with_a_system_message(tmp_path):
+    line = {"instruction": "Name it.", "input": "A boat", "output": "Ada.", "system": "Be brief."}
+    path = file_of(tmp_path, GOOD, line)
+    told, *others = read_dialogues([path])[f"{path}, line 2"]
+    assert told == Message("system", "Be brief.")
+    assert others == [Message("user", "Name it.\n\nA boat"), Message("assistant", "Ada.")]
+    with pytest.raises(ValueError, match=r"line 2: its system message .* alpaca has no place for"):
+        read_dialogues([path], "alpaca")
 
 
 @pytest.mark.parametrize(
@@ -97,6 +110,29 @@ def test_alpacas_form_with_an_input(tmp_path, tok):
 def test_a_bad_line_is_named_with_file_and_reason(tmp_path, line, reason):
     path = file_of(tmp_path, GOOD, line)
     with pytest.raises(ValueError, match=rf"chat\.jsonl, line 2: .*{reason}"):
+        read_dialogues([path])
+
+
+def test_the_first_ten_bad_lines_are_named_at_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    first = file_of(tmp_path / "a", GOOD, b"{", GOOD, {"text": "Hi"})
+    with pytest.raises(ValueError, match="cannot be used") as found:
+        read_dialogues([first, file_of(tmp_path, GOOD, b"[]")])
+    count, *lines = str(found.value).splitlines()
+    assert count == "3 dialogues cannot be used:"
+    places = [f"{first}, line 2", f"{first}, line 4", f"{tmp_path / 'chat.jsonl'}, line 2"]
+    assert [line.partition(": ")[0] for line in lines] == places
+    assert "it is no JSON" in lines[0]
+    assert "its keys are text" in lines[1]
+    with pytest.raises(ValueError, match=r"^1,012 dialogues .*; the first 10:\n") as found:
+        read_dialogues([file_of(tmp_path, *[b"{"] * 1012)])
+    assert len(str(found.value).splitlines()) == 11
+
+
+def test_behind_a_line_that_is_too_long_nothing_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("minillama.chat.jsonl.MAX_LINE_BYTES", 200)
+    path = file_of(tmp_path, b"{", b"x" * 1000, GOOD)
+    with pytest.raises(ValueError, match=r"^2 dialogues .*\n.*line 1: .*\n.*line 2: .*longer than"):
         read_dialogues([path])
 
 

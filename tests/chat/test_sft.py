@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 from small import STORIES, small_config, small_llama, small_tokenizer
 from torch.testing import assert_close
@@ -132,6 +134,21 @@ def test_a_dialogue_that_teaches_nothing_is_named(tok, dialogue, message):
         tokenise({"a.jsonl, line 7": dialogue}, tok)
 
 
+def test_all_dialogues_that_teach_nothing_are_named_at_once(tok):
+    with pytest.raises(ValueError, match="2 dialogues cannot be used") as found:
+        tokenise([said("Hi"), DIALOGUES[0], said("Hi", "[INST]")], tok)
+    lines = str(found.value).splitlines()
+    assert lines[1].startswith("Dialogue 1: The dialogue does not end with")
+    assert lines[2].startswith("Dialogue 3: Message 2 (assistant) contains '[INST]'")
+
+
+def test_a_format_that_cannot_be_is_no_mistake_of_a_dialogues(tok):
+    with pytest.raises(ValueError, match=r"^The chat format chatml needs the piece <\|im_start\|>"):
+        tokenise(DIALOGUES, tok, "chatml")
+    with pytest.raises(ValueError, match=r"^There is no chat format 'lama2'"):
+        tokenise(DIALOGUES, tok, "lama2")
+
+
 def test_a_long_dialogue_is_cut_behind_an_answer_or_left_out_and_named(tok):
     dialogues = [DIALOGUES[0], said("Tell me.", "".join(STORIES[:3])), DIALOGUES[5]]
     sizes = [len(example.ids) for example in tokenise(dialogues, tok)]
@@ -155,6 +172,42 @@ def test_a_system_message_stays_with_its_first_turn(tok):
     assert cut.ids == whole.ids[: len(cut.ids)]
     with pytest.warns(UserWarning, match=r"1 are left out, for not even the first one fits"):
         assert tokenise([dialogue], tok, seq_len=len(cut.ids) - 1) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    words=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6),
+    seq_len=st.integers(8, 150),
+    system=st.sampled_from(["", "Be brief."]),
+    chat_format=st.sampled_from(["llama2", "chatml", "code-llama-70b", "alpaca"]),
+)
+def test_a_cut_dialogue_is_the_one_without_its_last_turns(
+    tok, chatml_tok, step_tok, words, seq_len, system, chat_format
+):
+    """Against the definition: leave out turn after turn, encode it anew, until it fits."""
+    tokenizer = {"chatml": chatml_tok, "code-llama-70b": step_tok}.get(chat_format, tok)
+    turns = words[:1] if chat_format == "alpaca" else words
+    dialogue = said(*("Ada had 3 " * n for turn in turns for n in turn), system=system)
+    kept = list(dialogue)
+    whole = [expected] = tokenise([kept], tokenizer, chat_format)
+    while len(expected.ids) > seq_len and len(kept) > 3:
+        del kept[-2:]
+        (expected,) = tokenise([kept], tokenizer, chat_format)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = tokenise([dialogue], tokenizer, chat_format, seq_len)
+    assert found == [expected] * (len(expected.ids) <= seq_len)
+    assert whole[0].ids[: len(expected.ids)] == expected.ids
+
+
+def test_a_long_dialogue_is_encoded_once(tok, monkeypatch):
+    texts, encode = [], type(tok).encode
+    monkeypatch.setattr(
+        type(tok), "encode", lambda self, text: texts.append(text) or encode(self, text)
+    )
+    with pytest.warns(UserWarning, match="1 are cut"):
+        tokenise([said(*["Ada had a kite."] * 200)], tok, seq_len=100)
+    assert len(texts) < 1000
 
 
 # --- Rows -----------------------------------------------------------------------------------------
@@ -315,16 +368,46 @@ def finished(tmp_path_factory, base) -> SftRun:
     return run
 
 
+LONGEST = max(len(example.ids) for example in tokenise(PAIRS[3:], small_tokenizer()))
+
+
 def test_it_learns_and_leaves_a_checkpoint_with_the_longer_context(finished, base):
+    assert small_config().max_seq_len < LONGEST < SEQ_LEN
     losses = [line["loss"] for line in finished.log() if "loss" in line]
     assert losses[-1] < losses[0] - 0.3
     names = {path.name for path in finished.folder.iterdir()}
     assert names == {"checkpoint", "config.toml", "log.jsonl", "loss.png", "states", "tokens"}
     model, tokenizer = load(finished.folder / "checkpoint")
-    assert model.config == small_config(max_seq_len=SEQ_LEN)
+    assert model.config == small_config(max_seq_len=LONGEST)
     assert tokenizer.pieces == small_tokenizer().pieces
-    tokens = torch.arange(100)[None]
+    tokens = torch.arange(LONGEST)[None]
     assert torch.equal(model(tokens), finished.model(tokens))
+
+
+def test_the_context_is_that_which_was_learned(tmp_path, base):
+    """Positions begin anew in each example, so a long row gives no sense to its own."""
+    short = [said("Who?", "Ada."), said("What?", "A kite.")] * 9
+    examples = tokenise(short, small_tokenizer())
+    config = replace(TRAINING, steps=1, warmup_steps=0)
+    contexts = {}
+    for across in (False, True):
+        run = SftRun(
+            tmp_path / str(across),
+            examples,
+            examples,
+            small_tokenizer(),
+            base,
+            config,
+            None,
+            across,
+        )
+        assert run.n_tokens > 0
+        for _ in run:
+            pass
+        assert run.evaluate().loss > 0  # on rows that are longer than the context
+        contexts[across] = load(run.folder / "checkpoint")[0].config.max_seq_len
+        assert run.context == contexts[across]
+    assert contexts == {False: small_config().max_seq_len, True: SEQ_LEN}
 
 
 COMPILED = """
@@ -406,7 +489,7 @@ def test_attention_across_is_a_part_of_the_run(tmp_path, base):
     run = new_run(tmp_path / "run", base, across=True)
     assert next(run.batches).positions is None
     settings = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
-    assert settings["packing"] == {"across": True}
+    assert settings["packing"] == {"across": True, "context": SEQ_LEN}
     resumed = SftRun.resume(tmp_path / "run")
     assert next(resumed.batches).positions is None
 
@@ -485,17 +568,18 @@ def test_the_command_leaves_a_model_to_chat_with(tmp_path, base, chats, capsys, 
     shown = capsys.readouterr().out
     assert "27 dialogues in the format llama2: " in shown
     assert "3 more are held out." in shown
-    assert "The context grows from 64 to 128 tokens" in shown
+    assert f"The context grows from 64 to {LONGEST} tokens: the longest dialogue has" in shown
     assert f"{out} holds checkpoint/, loss.png" in shown
     assert shown.endswith(f"Try it: minillama chat {out / 'checkpoint'}\n")
     settings = tomllib.loads((out / "config.toml").read_text())
-    assert settings["data"] == {"files": [str(chats)], "chat_format": "llama2"}
+    data = {"files": [str(chats)], "chat_format": "llama2", "neutralise": False}
+    assert settings["data"] == data
     assert settings["training"]["steps"] == 14  # 27 rows, 2 a step
 
     lines = iter(["Which 1?"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
     main(["chat", str(out / "checkpoint"), "--device", "cpu", "--max-new-tokens", "5"])
-    assert "a context of 128 tokens, chat format llama2" in capsys.readouterr().out
+    assert f"a context of {LONGEST} tokens, chat format llama2" in capsys.readouterr().out
 
 
 def test_the_command_resumes_with_or_without_the_same_flags(tmp_path, base, chats, capsys):
@@ -535,6 +619,7 @@ def test_the_line_that_started_a_run_resumes_it(tmp_path, base, chats, length):
         (("--across",), "across was False when"),
         (("--data", "other.jsonl"), "data was ["),
         (("--chat-format", "alpaca"), "chat_format was 'llama2' when"),
+        (("--neutralise",), "neutralise was False when"),
     ],
 )
 def test_a_resumed_run_keeps_what_it_was_started_with(
@@ -551,6 +636,32 @@ def test_another_format_is_named_to_the_user_again(tmp_path, base, chats, capsys
     shown = capsys.readouterr().out
     assert "in the format alpaca" in shown
     assert shown.endswith("/checkpoint --chat-format alpaca\n")
+
+
+def test_markers_in_dialogues_are_refused_or_spaced(tmp_path, base, chats, capsys):
+    lines = chats.read_text().splitlines()
+    for place, marker in ((4, "[INST]"), (8, "</s>"), (8, "<s>")):
+        lines[place] = lines[place].replace("Which", f"{marker} Which")
+    chats.write_text("\n".join(lines))
+    with pytest.raises(SystemExit):
+        sft(base, chats, tmp_path / "run")
+    shown = capsys.readouterr().err
+    assert "2 dialogues cannot be used:\n" in shown
+    assert f"\n{chats}, line 5: Message 1 (user) contains '[INST]'" in shown
+    assert f"\n{chats}, line 9: Message 1 (user) contains" in shown
+    assert "minillama sft --neutralise" in shown
+    assert not (tmp_path / "run").exists()
+
+    sft(base, chats, tmp_path / "run", "--neutralise")
+    shown = capsys.readouterr().out
+    assert "2 of 60 messages contained markers of the format llama2: a space was put" in shown
+    with safe_open(tmp_path / "run" / "tokens" / "examples.safetensors", "np") as file:
+        texts = [small_tokenizer().decode(row[0].tolist()) for row in file.get_tensor("rows")]
+    assert sum("[ INST] Which 4?" in text for text in texts) == 1
+    assert sum("< /s> < s> Which 8?" in text for text in texts) == 1
+    with pytest.raises(SystemExit):
+        sft(base, chats, tmp_path / "other")
+    main(["sft", "--resume", "--out", str(tmp_path / "run"), "--device", "cpu"])
 
 
 def test_steps_take_the_place_of_epochs(tmp_path, base, chats):
@@ -592,7 +703,7 @@ def test_the_toy_worlds_dialogues_fit_the_rows_of_the_toys_preset():
         (["BASE", "--data", "CHATS", "--chat-format", "lama2"], "no chat format 'lama2'"),
         (
             ["BASE", "--data", "CHATS", "--chat-format", "chatml"],
-            "chats.jsonl, line 1: The chat format chatml needs the piece",
+            "minillama: The chat format chatml needs the piece",
         ),
     ],
 )
