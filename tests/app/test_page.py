@@ -577,6 +577,7 @@ def test_an_answer_that_cannot_be_kept_is_shown_and_can_be_kept_later(page, full
     assert "The answer could not be kept: The disk is full." in page.find(".error").text
     said = page.answered(2)
     assert said[1].endswith(": one")
+    assert "Get an answer" not in page.find("#turns").text  # it has one
     page.press("n", hold=ALT)
     page.until(lambda: not page.all(".turn"), "a new chat")
     page.find("#list a").click()
