@@ -88,7 +88,8 @@ def save_adapter(
 ) -> None:
     """Write an adapter of a model of `config`; an earlier one in `folder` is replaced as a whole.
 
-    `base` says which model it belongs to, as a path or a name of the hub: peft loads it from there.
+    `base` says which model it belongs to, as the path of a Hugging Face folder or a name of the
+    hub: peft loads it from there. It is empty for a model that transformers cannot open.
     Equal adapters are equal bytes. Raises CheckpointError if `folder` holds anything else, OSError
     if it cannot be written. Shown in notebooks/18_lora.ipynb.
     """
