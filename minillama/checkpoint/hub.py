@@ -61,6 +61,16 @@ def local_path(model: str | os.PathLike[str]) -> Path:
     return path
 
 
+def transformers_name(model: str) -> str:
+    """What transformers opens a model by, given as for `local_path`; "" where it cannot.
+
+    A folder of Hugging Face's is its path; a model of the hub, its name there.
+    """
+    if Path(model).exists():
+        return model if (Path(model) / "config.json").is_file() else ""
+    return CATALOGUE[model].hub if model in CATALOGUE else model
+
+
 def files_needed(names: Iterable[str]) -> list[str]:
     """Those of a repository's files that `load` reads: config, tokenizer, weights in one format.
 

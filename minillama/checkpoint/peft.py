@@ -9,7 +9,8 @@ As B makes rows of wq and wk, it is reordered as they are: see `minillama.checkp
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,7 @@ _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_m
 _DESCRIBING = {
     "auto_mapping",
     "base_model_name_or_path",
+    "eva_config",  # how A was drawn
     "inference_mode",
     "megatron_core",  # a module's name, of use with megatron_config alone
     "peft_version",
@@ -66,6 +68,14 @@ _DESCRIBING = {
     "revision",
     "runtime_config",
     "task_type",
+}
+# Those that choose among layers: they change nothing where the weights say the same.
+_CHOOSING = {
+    "exclude_modules": "leaves out layers that the weights have A and B of",
+    "layers_to_transform": "adapts some of the blocks, where minillama adapts all",
+    "layers_pattern": "",  # of use with layers_to_transform alone
+    "rank_pattern": "gives some layers another rank, where minillama has one for all",
+    "alpha_pattern": "gives some layers another alpha, where minillama has one for all",
 }
 # Any other setting must be absent, or one of these: then it changes nothing.
 _NEUTRAL: tuple[Any, ...] = (None, False, "none", "", [], {})
@@ -78,7 +88,8 @@ def save_adapter(
 ) -> None:
     """Write an adapter of a model of `config`; an earlier one in `folder` is replaced as a whole.
 
-    `base` says which model it belongs to, as a path or a name of the hub: peft loads it from there.
+    `base` says which model it belongs to, as the path of a Hugging Face folder or a name of the
+    hub: peft loads it from there. It is empty for a model that transformers cannot open.
     Equal adapters are equal bytes. Raises CheckpointError if `folder` holds anything else, OSError
     if it cannot be written. Shown in notebooks/18_lora.ipynb.
     """
@@ -114,7 +125,7 @@ def load_adapter(folder: str | os.PathLike[str], config: LlamaConfig) -> Adapter
     """The adapter that peft or `save_adapter` wrote, for a model of `config`.
 
     Raises FileNotFoundError, or CheckpointError, naming the file, for what is missing, damaged or
-    made for another model, and for every setting that changes what is computed and is not known
+    made for another model, and for every setting that may change what is computed and is not known
     here (DoRA, biases, ranks that differ from layer to layer): nothing is ignored that matters.
     Shown in notebooks/18_lora.ipynb.
     """
@@ -122,10 +133,15 @@ def load_adapter(folder: str | os.PathLike[str], config: LlamaConfig) -> Adapter
     _check_there(folder)
     settings = _settings(folder / CONFIG)
     layers = _layers(folder / WEIGHTS, config)
+    _check_choice(folder / CONFIG, settings, layers, config)
     targets = tuple(t for t in ADAPTABLE if any(t == name.rpartition(".")[2] for name in layers))
     named = settings.get("target_modules")  # or a pattern: then the weights alone say it
     found = [_MODULES[target] for target in targets]
-    if isinstance(named, list) and {str(name).rpartition(".")[2] for name in named} != set(found):
+    excluded = settings.get("exclude_modules")
+    without = {*map(str, excluded)} if isinstance(excluded, list) else set()
+    if isinstance(named, list) and (
+        {str(name).rpartition(".")[2] for name in named} - without != set(found)
+    ):
         raise CheckpointError(
             f"{folder}: {CONFIG} says that the layers {', '.join(map(str, named))} have adapters, "
             f"but {WEIGHTS} holds those of {', '.join(found) or 'none'}. They belong to different "
@@ -211,13 +227,51 @@ def _settings(path: Path) -> dict[str, Any]:
         )
     for name, value in values.items():
         allowed = _INITIAL if name == "init_lora_weights" else _NEUTRAL
-        if name not in _READ | _DESCRIBING and value not in allowed:
-            raise CheckpointError(
-                f"{path}: {name} is {value!r}, which changes what the adapter computes in a way "
-                f"that minillama does not know. Merge it into its model with peft "
-                f"(merge_and_unload), and load that."
-            )
+        if name not in _READ | _DESCRIBING | _CHOOSING.keys() and value not in allowed:
+            what = "may change what the adapter computes in a way that minillama does not know"
+            raise CheckpointError(_not_known(path, name, value, what))
     return values
+
+
+def _check_choice(
+    path: Path, settings: Mapping[str, Any], layers: Iterable[str], config: LlamaConfig
+) -> None:
+    """Raises CheckpointError unless all layers that have A and B are adapted, and all alike."""
+    theirs = [huggingface_name(f"{name}.weight").removesuffix(".weight") for name in layers]
+    for name, what in _CHOOSING.items():
+        value = settings.get(name)
+        if value not in (None, "", [], {}) and not _is_idle(name, value, settings, theirs, config):
+            raise CheckpointError(_not_known(path, name, value, what))
+
+
+def _is_idle(
+    name: str, value: Any, settings: Mapping[str, Any], theirs: list[str], config: LlamaConfig
+) -> bool:
+    """Whether a setting that chooses among layers makes no difference to those with A and B."""
+    if name == "layers_to_transform":
+        chosen = value if isinstance(value, list) else [value]
+        return all(block in chosen for block in range(config.n_layers))
+    if name == "exclude_modules" and isinstance(value, list):
+        return not any(f".{layer}".endswith(f".{each}") for each in value for layer in theirs)
+    if name in ("exclude_modules", "layers_pattern"):
+        return isinstance(value, str | list)  # a pattern: the weights alone say what it left
+    usual = settings.get("r" if name == "rank_pattern" else "lora_alpha")
+    return isinstance(value, dict) and all(
+        given == usual or not _may_match(key, theirs) for key, given in value.items()
+    )
+
+
+def _may_match(key: str, theirs: list[str]) -> bool:
+    """Whether peft takes the key for one of the layers; a pattern's key might always be one."""
+    is_plain = re.fullmatch(r"[\w.]+", key) is not None
+    return not is_plain or any(re.match(rf"(.*\.)?({key})$", layer) for layer in theirs)
+
+
+def _not_known(path: Path, name: str, value: Any, what: str) -> str:
+    return (
+        f"{path}: {name} is {value!r}, which {what}. Merge it into its model with peft "
+        f"(merge_and_unload), and load that."
+    )
 
 
 def _number(settings: Mapping[str, Any], name: str, *kinds: type) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from minillama.adapt.lora import adapter_of, attach, new_adapter
 from minillama.checkpoint import open_checkpoint
+from minillama.checkpoint.hub import transformers_name
 from minillama.checkpoint.peft import save_adapter
 from minillama.checkpoint.weights import llama_from
 from minillama.config import LoRAConfig, RunConfig, TrainingConfig, override
@@ -106,7 +107,8 @@ class LoRARun(PretrainingRun):
             yield stats
 
     def _finish(self, model: Llama) -> None:
-        save_adapter(self.folder / self.RESULT, adapter_of(model), model.config, self.base)
+        base = transformers_name(self.base)
+        save_adapter(self.folder / self.RESULT, adapter_of(model), model.config, base)
         plot_losses(self.log()).savefig(self.folder / "loss.png", dpi=100)
 
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from web import Page, Site, serve
 
 from minillama.checkpoint import fetch, load, save
-from minillama.checkpoint.hub import download, files_needed, local_path
+from minillama.checkpoint.hub import download, files_needed, local_path, transformers_name
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = bytes(range(256)) * 40
@@ -32,6 +32,21 @@ FILES = {
 }
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 NEEDED = {"config.json", "model.safetensors", "tokenizer.model"}
+
+
+def test_a_base_is_named_as_transformers_opens_it(tmp_path):
+    for name in ("native", "huggingface"):
+        save(tmp_path / name, small_llama(), small_tokenizer(), format=name)
+    save(tmp_path / "a.gguf", small_llama(), small_tokenizer(), format="gguf")
+    names = {
+        str(tmp_path / "native"): "",
+        str(tmp_path / "huggingface"): str(tmp_path / "huggingface"),
+        str(tmp_path / "a.gguf"): "",
+        "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "stories15m": "",
+        "meta-llama/Llama-2-7b-hf": "meta-llama/Llama-2-7b-hf",
+    }
+    assert {name: transformers_name(name) for name in names} == names
 
 
 def add_model(site: Site, name: str, files: dict[str, bytes]) -> None:

@@ -187,6 +187,28 @@ def test_an_adapter_of_peft_gives_equal_logits_here(tmp_path, lora, sizes):
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_settings_of_peft_that_choose_what_the_weights_say_change_nothing(tmp_path):
+    peft = pytest.importorskip("peft", reason="compares with peft: pip install peft")
+    model = small_llama()
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "up_proj", "lm_head"],
+        exclude_modules=["lm_head"],
+        layers_to_transform=[0, 1],
+        alpha_pattern={"embed_tokens": 4},
+        init_lora_weights=False,  # B is not 0
+        task_type="CAUSAL_LM",
+    )
+    theirs = peft.get_peft_model(transformers_copy(model), config).eval()
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+    theirs.save_pretrained(tmp_path / "a")
+    change(tmp_path / "a", eva_config={"rho": 1.0})
+    adapter = load_adapter(tmp_path / "a", model.config)
+    assert set(adapter.config.targets) == {"wq", "w3"}
+    assert_close(logits(model, adapter), expected, rtol=1e-5, atol=1e-5)
+
+
 # --- Merging -------------------------------------------------------------------------------------
 
 
@@ -238,14 +260,21 @@ def test_quantised_weights_are_not_merged_into():
     ("values", "message"),
     [
         ({"peft_type": "IA3"}, "kind 'IA3', but minillama knows LORA alone"),
-        ({"use_dora": True}, "use_dora is True, which changes what the adapter computes"),
+        ({"use_dora": True}, "use_dora is True, which may change what the adapter computes"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is"),
-        ({"layers_to_transform": [0]}, "layers_to_transform is"),
+        ({"rank_pattern": 4}, "rank_pattern is 4, which gives some layers another rank"),
+        ({"alpha_pattern": {"layers.1.mlp.up_proj": 4}}, "which gives some layers another alpha"),
+        ({"alpha_pattern": {"embed.*": 4}}, "alpha_pattern is"),  # may be that of no layer
+        ({"layers_to_transform": [0]}, "layers_to_transform is .*, which adapts some of the block"),
+        ({"layers_to_transform": 0}, "layers_to_transform is 0"),
+        ({"exclude_modules": ["lm_head"]}, "exclude_modules is .*, which leaves out layers that"),
+        ({"exclude_modules": ["self_attn.o_proj"]}, "exclude_modules is"),
+        ({"exclude_modules": 1}, "exclude_modules is 1"),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights is 'pissa'.*merge_and_unload"),
         ({"a_setting_of_next_year": 1}, "a_setting_of_next_year is 1"),
         ({"r": None}, "r is None, but must be int"),
@@ -277,6 +306,12 @@ def test_a_setting_that_matters_is_honoured_or_refused(saved, values, message):
         {"target_modules": "all-linear"},
         {"target_modules": r".*\.(q|k)_proj"},
         {"target_modules": None},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "tau": 0.99}},
+        {"target_modules": "all-linear", "exclude_modules": ["embed_tokens", "d_proj"]},
+        {"exclude_modules": r"embed.*"},
+        {"layers_to_transform": [1, 0], "layers_pattern": "layers"},
+        {"alpha_pattern": {"embed_tokens": 4, "model.layers.7.self_attn.q_proj": 4, "proj": 4}},
+        {"alpha_pattern": {"q_proj": 7.5}, "rank_pattern": {"model.layers.0.mlp.up_proj": 3}},
     ],
 )
 def test_a_setting_that_changes_nothing_is_read(saved, values):

@@ -186,7 +186,7 @@ def test_the_command_trains_merges_and_says_how_to_use_it(tmp_path, base, book, 
     assert f"--model {base} --adapter {out / 'adapter'}" in shown
     settings = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (2, 8)
-    assert settings["base_model_name_or_path"] == str(base)
+    assert settings["base_model_name_or_path"] is None  # transformers cannot open our folder
 
     merged, _ = load(out / "checkpoint")
     model, _ = load(base)
