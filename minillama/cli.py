@@ -60,6 +60,8 @@ TOY_TRAINING = TrainingConfig.preset("toy")
 LORA_TRAINING = TrainingConfig(
     steps=200, learning_rate=2e-4, warmup_steps=10, weight_decay=0.0, batch_size=4
 )
+# Of dialogues: rows that hold whole ones, of as many tokens in a step.
+LORA_DIALOGUES = replace(LORA_TRAINING, batch_size=1, seq_len=1024)
 TOY_DIALOGUES = 5000  # of the toy world, for fine-tuning: more than data/dialogues holds
 # Of Ghost Attention, on the toy world's dialogues.
 GATT_TRAINING = TrainingConfig(
@@ -67,6 +69,7 @@ GATT_TRAINING = TrainingConfig(
 )
 TURNS = (1, 2, 4, 6, 10, 15, 20)  # at which obedience is shown
 CONFIG = "config.toml"  # of a run
+BOTH_LENGTHS = "Both --steps and --epochs say how long to train: leave one of them out."
 # Commands whose model stands behind their name; of `generate` that is the prompt's place.
 OF_A_MODEL = ("chat", "gatt", "info", "lora", "plan", "serve", "sft", "verify")
 RANK = int(os.environ.get("RANK", "0"))  # among the processes that torchrun started: 0 speaks
@@ -333,15 +336,19 @@ def pretrain_defaults(arguments: list[str]) -> Pretrain:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Train an adapter of a model on your own text; a tenth of it is held out for validation.
+    """Train an adapter of a model on your own text or dialogues; a tenth is held out.
 
-    It is a small folder, which peft and transformers read as well; the model stays as it is.
-    Example: minillama lora smollm2-135m-instruct --text book.txt --out runs/book-lora
+    It is a small folder, which peft and transformers read as well; the model stays as it is. Of
+    dialogues the answers are learned: files as for `minillama sft`, or "toy".
+    Example: minillama lora smollm2-135m-instruct --data chats.jsonl --out runs/chat-lora
     """
 
     model: tyro.conf.Positional[str | None] = None  # a checkpoint, or a name: see `minillama fetch`
     text: tuple[Path, ...] = ()  # UTF-8 text files; each is one document
     by_line: bool = False  # each line of the files is a document of its own
+    data: tuple[str, ...] = ()  # instead of --text: JSON-lines files of dialogues, or toy
+    epochs: float | None = None  # how often each dialogue is learned, in place of --steps
+    chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the model's own
     out: Path = Path("runs/lora")  # a new folder
     resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
     merge: bool = False  # write --out/checkpoint, too: the model with the adapter in its weights
@@ -365,24 +372,47 @@ class LoRA:
             f"{trained:,} numbers. All others are frozen."
         )
         _follow(run, self.sample_every, self.sample_prompt, self.tensorboard)
-        adapter = self.out / run.RESULT
         if self.merge:
             self._merge(run)
-        print(
-            f'Try it: minillama generate --model {run.base} --adapter {adapter} "Once upon a time"'
-        )
+        print(f"Try it: {self._spoken_with(run)}")
+
+    def _spoken_with(self, run: "LoRARun") -> str:
+        """The command that writes with the adapter: `chat` for one that answers."""
+        from minillama.chat import recognise
+        from minillama.checkpoint import open_checkpoint
+
+        adapter, data = self.out / run.RESULT, read_toml(self.out / CONFIG)["data"]
+        usual = recognise(run.tokenizer)
+        answers = usual != "llama2" or run.tokenizer.chat_format or "files" in data
+        if answers or open_checkpoint(run.base).chat_template:
+            chat_format = data.get("chat_format", usual)
+            spoken = "" if chat_format == usual else f" --chat-format {chat_format}"
+            return f"minillama chat {run.base} --adapter {adapter}{spoken}"
+        return f'minillama generate --model {run.base} --adapter {adapter} "Once upon a time"'
 
     def _new(self) -> "LoRARun":
         from minillama.checkpoint import open_checkpoint, open_tokenizer
         from minillama.data.corpora import hold_out, read_documents
         from minillama.training.lora_run import LoRARun
 
-        if not (self.model and self.text):
+        if not self.model or bool(self.text) == bool(self.data):
             raise ValueError(
-                "Name the model, and what it is to learn from: minillama lora MODEL --text FILE..."
+                "Name the model, and what it is to learn from: minillama lora MODEL --text FILE... "
+                "or, of dialogues, --data FILE.jsonl...; one of the two."
             )
+        for path in self.text:
+            if path.suffix == ".jsonl":
+                raise ValueError(
+                    f"{path} holds JSON lines, and --text would have its brackets learned. If "
+                    f"they are dialogues: minillama lora {self.model} --data {path}"
+                )
         _keep(self.out / LoRARun.RESULT)
-        tokenizer = open_tokenizer(open_checkpoint(self.model), self.tokenizer)
+        checkpoint = open_checkpoint(self.model)
+        tokenizer = open_tokenizer(checkpoint, self.tokenizer)
+        if self.data:
+            return self._of_dialogues(tokenizer, checkpoint.config.max_seq_len)
+        if self.epochs is not None or self.chat_format:
+            raise ValueError("--epochs and --chat-format are for dialogues (--data): leave it out.")
         documents, held_out = hold_out(read_documents(self.text, self.by_line))
         return LoRARun(
             self.out,
@@ -398,6 +428,31 @@ class LoRA:
             {"text": self._source()["text"], "by_line": self.by_line},
         )
 
+    def _of_dialogues(self, tokenizer: "Tokenizer", context: int) -> "LoRARun":
+        """A new run on dialogues, of which no more is read than the model's context."""
+        from minillama.chat.sft import LoRASftRun
+
+        if self.epochs is not None and self.training.steps != LORA_DIALOGUES.steps:
+            raise ValueError(BOTH_LENGTHS)
+        training = replace(self.training, seq_len=min(self.training.seq_len, context))
+        # What fine-tuning reads from the same flags.
+        sft = Sft(data=self.data, chat_format=self.chat_format, training=training)
+        examples, held_out = sft.examples(tokenizer)
+        return LoRASftRun(
+            self.out,
+            examples,
+            held_out,
+            tokenizer,
+            str(self.model),
+            self.adapter,
+            training,
+            self.epochs,
+            device=_device(self.device),
+            saving=self.saving,
+            quantize=self.quantize,
+            origin=sft.origin(tokenizer),
+        )
+
     def _source(self) -> dict[str, Any]:
         """What it starts and learns from, as config.toml keeps it."""
         return {
@@ -405,18 +460,25 @@ class LoRA:
             "quantize": self.quantize or "",
             "text": [str(path) for path in self.text],
             "by_line": self.by_line,
+            "files": list(self.data),
+            "chat_format": self.chat_format or "",
         }
 
     def _resumed(self) -> "LoRARun":
+        from minillama.chat.sft import LoRASftRun
         from minillama.training.lora_run import LoRARun
 
-        run = LoRARun.resume(self.out, _device(self.device), self.saving)
-        assert isinstance(run, LoRARun)
         started = read_toml(self.out / CONFIG)
+        kind = LoRASftRun if "packing" in started else LoRARun
+        run = kind.resume(self.out, _device(self.device), self.saving)
+        assert isinstance(run, LoRARun)
         base = {"model": started["base"]["path"], "quantize": started["base"]["quantize"]}
         _keeps(self.out, self._source(), base | started["data"], LoRA()._source())
         _keeps(self.out, asdict(self.adapter), asdict(run.adapter), asdict(LoRAConfig()))
-        _keeps(self.out, asdict(self.training), asdict(run.config), asdict(LORA_TRAINING))
+        usual = LORA_DIALOGUES if self.data else LORA_TRAINING
+        context = run.model.config.max_seq_len if self.data else self.training.seq_len
+        training = replace(self.training, seq_len=min(self.training.seq_len, context))
+        _keeps(self.out, asdict(training), asdict(run.config), asdict(usual))
         return run
 
     def _merge(self, run: "LoRARun") -> None:
@@ -479,7 +541,7 @@ class Sft:
             )
         checkpoint = open_checkpoint(self.model)
         tokenizer = open_tokenizer(checkpoint, self.tokenizer)
-        examples, held_out = self._examples(tokenizer)
+        examples, held_out = self.examples(tokenizer)
         run = SftRun(
             self.out,
             examples,
@@ -491,12 +553,16 @@ class Sft:
             self.across,
             _device(self.device),
             self.saving,
-            {"files": list(self.data), "chat_format": self._format(tokenizer)},
+            self.origin(tokenizer),
         )
         before, context = checkpoint.config.max_seq_len, run.model.config.max_seq_len
         if context > before:
             print(f"The context grows from {before:,} to {context:,} tokens: a row is so long.")
         return run
+
+    def origin(self, tokenizer: "Tokenizer") -> dict[str, Any]:
+        """Where the dialogues come from, as config.toml keeps it in [data]."""
+        return {"files": list(self.data), "chat_format": self._format(tokenizer)}
 
     def _source(self) -> dict[str, Any]:
         """What it starts and learns from, as config.toml keeps it."""
@@ -529,7 +595,7 @@ class Sft:
         _keeps(self.out, self._source(), source, Sft()._source())
         return run
 
-    def _examples(self, tokenizer: "Tokenizer") -> "tuple[list[DialogTokens], list[DialogTokens]]":
+    def examples(self, tokenizer: "Tokenizer") -> "tuple[list[DialogTokens], list[DialogTokens]]":
         """What to learn from, and what is held out."""
         from minillama.chat.jsonl import read_dialogues
         from minillama.chat.sft import tokenise, toy_dialogues
@@ -586,7 +652,7 @@ def sft_defaults(arguments: list[str]) -> Sft:
     except argparse.ArgumentError:
         return Sft()  # the whole command's parser says what is wrong
     if found.steps and found.epochs:
-        raise ValueError("Both --steps and --epochs say how long to train: leave one of them out.")
+        raise ValueError(BOTH_LENGTHS)
     preset = found.preset or ("toy" if found.data == ["toy"] else "llama2")
     return Sft(
         preset=preset,
@@ -1329,13 +1395,14 @@ def main(arguments: list[str] | None = None) -> None:
             )
         defaults = pretrain_defaults(arguments[1:]) if arguments[:1] == ["pretrain"] else Pretrain()
         tuning = sft_defaults(arguments[1:]) if arguments[:1] == ["sft"] else Sft()
+        adapting = LoRA(training=LORA_DIALOGUES if "--data" in arguments else LORA_TRAINING)
         command = tyro.cli(
             Annotated[Demo, tyro.conf.subcommand("demo")]
             | Annotated[TrainTokenizer, tyro.conf.subcommand("tokenizer")]
             | Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=defaults)]
             | Annotated[Convert, tyro.conf.subcommand("convert")]
             | Annotated[Verify, tyro.conf.subcommand("verify")]
-            | Annotated[LoRA, tyro.conf.subcommand("lora")]
+            | Annotated[LoRA, tyro.conf.subcommand("lora", default=adapting)]
             | Annotated[Sft, tyro.conf.subcommand("sft", default=tuning)]
             | Annotated[Gatt, tyro.conf.subcommand("gatt")]
             | Annotated[Curate, tyro.conf.subcommand("curate")]

@@ -2,7 +2,8 @@
 
     dialogues ─tokenise→ list[DialogTokens] ─pack→ rows ─batches→ Iterator[Batch] ─train→ StepStats
 
-`SftRun` does what comes behind `tokenise`, with a folder, states and a checkpoint at the end.
+`SftRun` does what comes behind `tokenise`, with a folder, states and a checkpoint at the end;
+`LoRASftRun` does it with an adapter.
 
 Source: Touvron et al. 2023b, sec. 3.1 (arXiv:2307.09288). Built in notebooks/10_sft.ipynb.
 """
@@ -27,13 +28,14 @@ from safetensors.numpy import save
 from minillama.chat.dialog import DialogTokens, Message, encode_dialog
 from minillama.checkpoint import open_checkpoint
 from minillama.checkpoint.weights import Checkpoint, llama_from
-from minillama.config import RunConfig, TrainingConfig, known_name
+from minillama.config import LoRAConfig, RunConfig, TrainingConfig, known_name
 from minillama.data.dialogues import as_messages, corpus
 from minillama.data.mixture import Batches
 from minillama.data.packing import IGNORE, Batch
 from minillama.model import Llama
 from minillama.plan import LINEARS, TrainingPlan
 from minillama.tokenizer import Tokenizer
+from minillama.training.lora_run import LoRARun, lora_settings
 from minillama.training.run import PretrainingRun
 
 Dialogue: TypeAlias = Sequence[Message]
@@ -202,7 +204,38 @@ def batches(
 # --- A run ----------------------------------------------------------------------------------------
 
 
-class SftRun(PretrainingRun):
+class _PackedRun(PretrainingRun):
+    """What runs on dialogues have in common: their sources are packed rows."""
+
+    @staticmethod
+    def _write(path: Path, rows: np.ndarray, tokenizer: Tokenizer, seq_len: int) -> dict[str, int]:
+        learned = [[id for id in row[TARGETS].tolist() if id != IGNORE] for row in rows]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(save({"rows": rows}, {"sha256": _digest(rows)}))
+        return {
+            "tokens": sum(map(len, learned)),
+            "bytes": sum(len(tokenizer.decode(ids).encode()) for ids in learned),
+        }
+
+    def _read(self, path: Path) -> np.ndarray:
+        try:
+            with safe_open(path, "np") as file:
+                rows = file.get_tensor("rows")
+                intact = file.metadata()["sha256"] == _digest(rows)
+        except SafetensorError:
+            intact = False
+        if not intact:
+            raise ValueError(
+                f"{path} is damaged: its rows are not those that were written. Copy it again, or "
+                f"start a new run."
+            )
+        return rows
+
+    def _to_batch(self, rows: np.ndarray) -> Batch:
+        return as_batch(rows, self._identity["packing"]["across"])
+
+
+class SftRun(_PackedRun):
     """Fine-tune the model in a checkpoint on examples, whole, in a run like those of pretraining.
 
     It takes the same steps, leaves the same folder, saves the same states, and resumes as exactly;
@@ -240,9 +273,7 @@ class SftRun(PretrainingRun):
     ) -> None:
         path = Path(base).absolute() if Path(base).exists() else base  # or a name
         model_config = _open_base(base, config.seq_len).config
-        rows = pack(examples, config.seq_len)
-        if epochs is not None:
-            config = replace(config, steps=_steps(epochs, len(rows), config))
+        rows, held_out_rows, config = _packed_all(examples, held_out, config, epochs)
         settings = {
             "model": model_config.to_dict(),
             "training": asdict(config),
@@ -255,10 +286,6 @@ class SftRun(PretrainingRun):
             "packing": {"across": across},
             "data": dict(origin or {}),
         }
-        try:
-            held_out_rows = pack(held_out, config.seq_len)
-        except ValueError as error:
-            raise ValueError(f"The examples held out for validation: {error}") from None
         self._start(Path(folder), {"examples": rows}, held_out_rows, tokenizer, settings, device)
 
     def _plan(self, settings: Mapping[str, Any]) -> TrainingPlan:
@@ -281,32 +308,56 @@ class SftRun(PretrainingRun):
                 parameter.requires_grad_(name.split(".")[-2] in trained)
         return model
 
-    @staticmethod
-    def _write(path: Path, rows: np.ndarray, tokenizer: Tokenizer, seq_len: int) -> dict[str, int]:
-        learned = [[id for id in row[TARGETS].tolist() if id != IGNORE] for row in rows]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(save({"rows": rows}, {"sha256": _digest(rows)}))
-        return {
-            "tokens": sum(map(len, learned)),
-            "bytes": sum(len(tokenizer.decode(ids).encode()) for ids in learned),
-        }
 
-    def _read(self, path: Path) -> np.ndarray:
-        try:
-            with safe_open(path, "np") as file:
-                rows = file.get_tensor("rows")
-                intact = file.metadata()["sha256"] == _digest(rows)
-        except SafetensorError:
-            intact = False
-        if not intact:
-            raise ValueError(
-                f"{path} is damaged: its rows are not those that were written. Copy it again, or "
-                f"start a new run."
-            )
-        return rows
+class LoRASftRun(_PackedRun, LoRARun):
+    """Train an adapter of the model in a checkpoint on examples: a `LoRARun` on packed rows.
 
-    def _to_batch(self, rows: np.ndarray) -> Batch:
-        return as_batch(rows, self._identity["packing"]["across"])
+    The base is frozen, and may be in few bits (QLoRA); its context stays as it is, so
+    `config.seq_len` must not be more. `epochs`, `across` and `held_out` are as for `SftRun`. The
+    folder's adapter/ is spoken with in the chat format of the examples.
+
+    Raises ValueError or OSError, as both do. Source: Dettmers et al. 2023, sec. 4
+    (arXiv:2305.14314).
+    """
+
+    _TABLES: ClassVar[tuple[str, ...]] = (*LoRARun._TABLES, "packing")
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        examples: Sequence[DialogTokens],
+        held_out: Sequence[DialogTokens],
+        tokenizer: Tokenizer,
+        base: str | os.PathLike[str],
+        adapter: LoRAConfig,
+        config: TrainingConfig,
+        epochs: float | None = None,
+        across: bool = False,
+        device: str | torch.device = "cpu",
+        saving: RunConfig | None = None,
+        quantize: str | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        rows, held_out_rows, config = _packed_all(examples, held_out, config, epochs)
+        settings = lora_settings(base, adapter, config, saving, quantize, origin)
+        settings |= {"shares": {"examples": 1.0}, "packing": {"across": across}}
+        self._start(Path(folder), {"examples": rows}, held_out_rows, tokenizer, settings, device)
+
+
+def _packed_all(
+    examples: Sequence[DialogTokens],
+    held_out: Sequence[DialogTokens],
+    config: TrainingConfig,
+    epochs: float | None,
+) -> tuple[np.ndarray, np.ndarray, TrainingConfig]:
+    """The rows of both, and the config with the steps that so many epochs take."""
+    rows = pack(examples, config.seq_len)
+    if epochs is not None:
+        config = replace(config, steps=_steps(epochs, len(rows), config))
+    try:
+        return rows, pack(held_out, config.seq_len), config
+    except ValueError as error:
+        raise ValueError(f"The examples held out for validation: {error}") from None
 
 
 def _steps(epochs: float, n_rows: int, config: TrainingConfig) -> int:
@@ -322,8 +373,8 @@ def _open_base(base: str | os.PathLike[str], seq_len: int) -> Checkpoint:
     if checkpoint.quantization:
         raise ValueError(
             f"{base} holds weights in {checkpoint.quantization['kind']}, and what has a few bits "
-            f"cannot move by a little. Take the model it was made of; or train an adapter: "
-            f"minillama lora."
+            f"cannot move by a little. Take the model it was made of; or train an adapter of it: "
+            f"minillama lora {base} --data FILE.jsonl"
         )
     context = max(checkpoint.config.max_seq_len, seq_len)
     return replace(checkpoint, config=replace(checkpoint.config, max_seq_len=context))

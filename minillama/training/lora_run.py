@@ -51,16 +51,7 @@ class LoRARun(PretrainingRun):
         quantize: str | None = None,
         origin: Mapping[str, Any] | None = None,
     ) -> None:
-        path = Path(base).absolute() if Path(base).exists() else base  # or a name
-        settings = {
-            "model": open_checkpoint(base).config.to_dict(),
-            "training": asdict(config),
-            "saving": asdict(saving or RunConfig()),
-            "shares": {"text": 1.0},
-            "base": {"path": str(path), "quantize": quantize or ""},
-            "adapter": asdict(adapter) | {"targets": list(adapter.targets)},
-            "data": dict(origin or {}),
-        }
+        settings = lora_settings(base, adapter, config, saving, quantize, origin)
         self._start(Path(folder), documents, held_out, tokenizer, settings, device)
 
     def _plan(self, settings: Mapping[str, Any]) -> TrainingPlan:
@@ -108,6 +99,27 @@ class LoRARun(PretrainingRun):
     def _finish(self, model: Llama) -> None:
         save_adapter(self.folder / self.RESULT, adapter_of(model), model.config, self.base)
         plot_losses(self.log()).savefig(self.folder / "loss.png", dpi=100)
+
+
+def lora_settings(
+    base: str | os.PathLike[str],
+    adapter: LoRAConfig,
+    config: TrainingConfig,
+    saving: RunConfig | None,
+    quantize: str | None,
+    origin: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What config.toml says of a run of an adapter; its text is one source."""
+    path = Path(base).absolute() if Path(base).exists() else base  # or a name
+    return {
+        "model": open_checkpoint(base).config.to_dict(),
+        "training": asdict(config),
+        "saving": asdict(saving or RunConfig()),
+        "shares": {"text": 1.0},
+        "base": {"path": str(path), "quantize": quantize or ""},
+        "adapter": asdict(adapter) | {"targets": list(adapter.targets)},
+        "data": dict(origin or {}),
+    }
 
 
 def _adapter(settings: Mapping[str, Any]) -> LoRAConfig:

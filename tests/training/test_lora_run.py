@@ -233,7 +233,7 @@ def test_the_command_resumes_with_or_without_the_same_flags(tmp_path, base, book
         ([], "Name the model, and what it is to learn from: minillama lora MODEL --text FILE"),
         (["BASE"], "Name the model, and what it is to learn from"),
         (["nowhere", "--text", "BOOK"], "There is no nowhere"),
-        (["BASE", "--text", "BOOK", "--targets", "wx"], "no linear layer 'wx'. Did you mean"),
+        (["BASE", "--text", "BOOK", "--targets", "wx"], "no linear layer 'wx'. Known are: wq"),
         (["BASE", "--text", "BOOK", "--seq-len", "65"], "longer than the model's context"),
         (
             ["BASE", "--text", "BOOK", "--quantize", "int9", *FLAGS],
