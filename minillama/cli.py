@@ -217,8 +217,9 @@ class Pretrain:
     saving: Annotated[RunConfig, FLAT] = field(default_factory=RunConfig)
 
     def run(self) -> None:
-        run = self._resumed() if self.resume and (self.out / CONFIG).exists() else self._new()
-        _follow(run, self.sample_every, self.sample_prompt, self.tensorboard)
+        resumes = self.resume and (self.out / CONFIG).exists()
+        run = self._resumed() if resumes else self._new()
+        _follow(run, self.sample_every, self.sample_prompt, self.tensorboard, resumes)
         print(f'Try it: minillama generate --model {self.out / "checkpoint"} "Once upon a time"')
 
     def _new(self) -> "PretrainingRun":
@@ -365,13 +366,14 @@ class LoRA:
     def run(self) -> None:
         if self.merge:
             _keep(self.out / "checkpoint")
-        run = self._resumed() if self.resume and (self.out / CONFIG).exists() else self._new()
+        resumes = self.resume and (self.out / CONFIG).exists()
+        run = self._resumed() if resumes else self._new()
         trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
         print(
             f"Adapter: rank {run.adapter.rank} beside {', '.join(run.adapter.targets)}, "
             f"{trained:,} numbers. All others are frozen."
         )
-        _follow(run, self.sample_every, self.sample_prompt, self.tensorboard)
+        _follow(run, self.sample_every, self.sample_prompt, self.tensorboard, resumes)
         if self.merge:
             self._merge(run)
         print(f"Try it: {self._spoken_with(run)}")
@@ -523,7 +525,7 @@ class Sft:
         if not resumes:
             _keep(self.out / "checkpoint")
         run = self._resumed() if resumes else self.start()
-        _follow(run, tensorboard=self.tensorboard)
+        _follow(run, tensorboard=self.tensorboard, resumed=resumes)
         chat_format = read_toml(self.out / CONFIG)["data"]["chat_format"]
         known = chat_format == recognise(run.tokenizer)
         spoken = "" if known else f" --chat-format {chat_format}"
@@ -698,7 +700,7 @@ class Gatt:
         if not resumes:
             _keep(self.out / "checkpoint")
         run = self._resumed() if resumes else self.start()
-        _follow(run)
+        _follow(run, resumed=resumes)
         if not self.instructions and self.n_measured:
             self.show_obedience(run)
         print(f"Try it: minillama chat {self.out / run.RESULT}")
@@ -1440,7 +1442,11 @@ def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
 
 
 def _follow(
-    run: "PretrainingRun", sample_every: int = 0, prompt: str = "", tensorboard: bool = False
+    run: "PretrainingRun",
+    sample_every: int = 0,
+    prompt: str = "",
+    tensorboard: bool = False,
+    resumed: bool = False,
 ) -> None:
     """Train to the end, showing where it stands."""
     from tqdm import tqdm
@@ -1458,7 +1464,8 @@ def _follow(
         print(
             f"Model: {run.model.config.n_parameters:,} parameters. Data: {run.n_tokens:,} tokens. "
             f"Training: {config.steps:,} steps of {run.tokens_per_step:,} tokens"
-            + (f"; {run.step:,} of them were taken before." if run.step else "."),
+            + (f"; {run.step:,} of them were taken before." if run.step else ".")
+            + " No state was saved yet: the run starts at step 1." * (resumed and not run.step),
             flush=True,
         )
         for stats in run:

@@ -192,7 +192,8 @@ class PretrainingRun:
         self.folder, self.tokenizer = folder, tokenizer
         where = f"{folder / CONFIG}"
         self.config = override(TrainingConfig(), settings["training"], f"{where} [training]")
-        self.saving = override(RunConfig(), settings["saving"], f"{where} [saving]")
+        saving = override(RunConfig(), settings["saving"], f"{where} [saving]")
+        self.saving = saving.of_steps(self.config.steps)
         self._identity = {
             **{name: settings[name] for name in self._TABLES},
             # The same steps are taken, however many processes take them.

@@ -275,3 +275,28 @@ def test_the_config_says_all_of_it(tmp_path, base):
     assert settings["base"] == {"path": str(base), "quantize": ""}
     assert settings["data"] == {"text": ["a.txt"]}
     assert settings["training"]["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("saving", "steps"),
+    [(None, [18, 20]), (RunConfig(save_every=15), [15, 20]), (RunConfig(save_every=0), [])],
+)
+def test_a_short_run_saves_every_tenth_of_its_steps_unless_told_otherwise(
+    tmp_path, base, saving, steps
+):
+    for _ in new_run(tmp_path / "run", base, replace(TRAINING, steps=20), saving=saving):
+        pass
+    states = tmp_path / "run" / "states"
+    assert sorted(int(state.name) for state in states.glob("*")) == steps
+
+
+def test_a_resume_without_a_state_says_so(tmp_path, base, book, capsys):
+    out = tmp_path / "run"
+    lora(base, book, out, "--save-every", "0")
+    whole = bytes_of(out / "adapter")
+    capsys.readouterr()
+    main(["lora", "--resume", "--out", str(out), "--device", "cpu"])
+    assert "No state was saved yet: the run starts at step 1." in capsys.readouterr().out
+    assert bytes_of(out / "adapter") == whole
+    main(["lora", "--resume", "--out", str(out), "--device", "cpu"])
+    assert "No state was saved yet" not in capsys.readouterr().out
