@@ -311,6 +311,8 @@ def pretrain_defaults(arguments: list[str]) -> Pretrain:
     if found.resume and (found.out / CONFIG).exists():
         path = found.out / CONFIG
     tables = read_toml(path) if path else {}
+    if tables.pop("kind", "pretrain") != "pretrain" and found.resume:
+        return Pretrain()  # `PretrainingRun.resume` says which command resumes it
     known = ("preset", "model", "training", "saving", "shares", "data")
     for name in tables:
         known_name(f"table in {path}", name, known)
@@ -364,9 +366,11 @@ class LoRA:
     saving: Annotated[RunConfig, FLAT] = field(default_factory=RunConfig)
 
     def run(self) -> None:
+        resumes = self.resume and (self.out / CONFIG).exists()
         if self.merge:
             _keep(self.out / "checkpoint")
-        resumes = self.resume and (self.out / CONFIG).exists()
+            base = read_toml(self.out / CONFIG).get("base", {}).get("path") if resumes else None
+            _check_mergeable(base or self.model)
         run = self._resumed() if resumes else self._new()
         trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
         print(
@@ -427,7 +431,7 @@ class LoRA:
             _device(self.device),
             self.saving,
             self.quantize,
-            {"text": self._source()["text"], "by_line": self.by_line},
+            {name: self._source()[name] for name in ("text", "by_line", "tokenizer")},
         )
 
     def _of_dialogues(self, tokenizer: "Tokenizer", context: int) -> "LoRARun":
@@ -438,7 +442,12 @@ class LoRA:
             raise ValueError(BOTH_LENGTHS)
         training = replace(self.training, seq_len=min(self.training.seq_len, context))
         # What fine-tuning reads from the same flags.
-        sft = Sft(data=self.data, chat_format=self.chat_format, training=training)
+        sft = Sft(
+            data=self.data,
+            chat_format=self.chat_format,
+            tokenizer=self.tokenizer,
+            training=training,
+        )
         examples, held_out = sft.examples(tokenizer)
         return LoRASftRun(
             self.out,
@@ -464,18 +473,20 @@ class LoRA:
             "by_line": self.by_line,
             "files": list(self.data),
             "chat_format": self.chat_format or "",
-        }
+            "tokenizer": str(self.tokenizer or ""),
+        } | ({} if self.epochs is None else {"epochs": self.epochs})
 
     def _resumed(self) -> "LoRARun":
         from minillama.chat.sft import LoRASftRun
         from minillama.training.lora_run import LoRARun
 
         started = read_toml(self.out / CONFIG)
-        kind = LoRASftRun if "packing" in started else LoRARun
+        kind = LoRASftRun if started.get("kind") == LoRASftRun.KIND else LoRARun
         run = kind.resume(self.out, _device(self.device), self.saving)
         assert isinstance(run, LoRARun)
         base = {"model": started["base"]["path"], "quantize": started["base"]["quantize"]}
-        _keeps(self.out, self._source(), base | started["data"], LoRA()._source())
+        source = base | started["data"] | started.get("packing", {})
+        _keeps(self.out, self._source(), source, LoRA()._source())
         _keeps(self.out, asdict(self.adapter), asdict(run.adapter), asdict(LoRAConfig()))
         usual = LORA_DIALOGUES if self.data else LORA_TRAINING
         context = run.model.config.max_seq_len if self.data else self.training.seq_len
@@ -526,8 +537,9 @@ class Sft:
             _keep(self.out / "checkpoint")
         run = self._resumed() if resumes else self.start()
         _follow(run, tensorboard=self.tensorboard, resumed=resumes)
-        chat_format = read_toml(self.out / CONFIG)["data"]["chat_format"]
-        known = chat_format == recognise(run.tokenizer)
+        usual = recognise(run.tokenizer)
+        chat_format = read_toml(self.out / CONFIG)["data"].get("chat_format", usual)
+        known = chat_format == usual
         spoken = "" if known else f" --chat-format {chat_format}"
         print(f"Try it: minillama chat {self.out / run.RESULT}{spoken}")
 
@@ -564,16 +576,21 @@ class Sft:
 
     def origin(self, tokenizer: "Tokenizer") -> dict[str, Any]:
         """Where the dialogues come from, as config.toml keeps it in [data]."""
-        return {"files": list(self.data), "chat_format": self._format(tokenizer)}
+        return {
+            "files": list(self.data),
+            "chat_format": self._format(tokenizer),
+            "tokenizer": str(self.tokenizer or ""),
+        }
 
     def _source(self) -> dict[str, Any]:
         """What it starts and learns from, as config.toml keeps it."""
         return {
             "model": _place(self.model),
             "across": self.across,
-            "data": list(self.data),
+            "files": list(self.data),
             "chat_format": self.chat_format or "",
-        }
+            "tokenizer": str(self.tokenizer or ""),
+        } | ({} if self.epochs is None else {"epochs": self.epochs})
 
     def _resumed(self) -> "SftRun":
         from minillama.chat.sft import SftRun
@@ -588,12 +605,7 @@ class Sft:
         config = replace(run.config, steps=steps)
         _keeps(self.out, asdict(self.training), asdict(config), asdict(usual))
         started = read_toml(self.out / CONFIG)
-        source = {
-            "model": started["base"]["path"],
-            "across": started["packing"]["across"],
-            "data": started["data"]["files"],
-            "chat_format": started["data"]["chat_format"],
-        }
+        source = {"model": started["base"]["path"]} | started["packing"] | started["data"]
         _keeps(self.out, self._source(), source, Sft()._source())
         return run
 
@@ -724,7 +736,7 @@ class Gatt:
     def start(self) -> "SftRun":
         """A new run; an earlier one in the same place is replaced."""
         from minillama.chat.gatt import examples
-        from minillama.chat.sft import SftRun
+        from minillama.chat.sft import GattRun
         from minillama.plan import LINEARS
 
         if not self.model or bool(self.instructions) != bool(self.data):
@@ -747,7 +759,7 @@ class Gatt:
             )
         places = {*range(9, len(found), 10)} or {len(found) - 1}
         print(f"{said}; {sum(sum(each.learned) for each in found):,} tokens of them are learned.")
-        return SftRun(
+        return GattRun(
             self.out,
             [each for place, each in enumerate(found) if place not in places],
             [found[place] for place in sorted(places)],
@@ -772,6 +784,7 @@ class Gatt:
             "own": self.own,
             "max_new_tokens": self.max_new_tokens,
             "chat_format": self.chat_format or "",
+            "tokenizer": str(self.tokenizer or ""),
             **{k: "" if v is None else v for k, v in asdict(self.sampling).items()},
         }
 
@@ -813,10 +826,10 @@ class Gatt:
         return tokenizer, talks
 
     def _resumed(self) -> "SftRun":
-        from minillama.chat.sft import SftRun
+        from minillama.chat.sft import GattRun
 
-        run = SftRun.resume(self.out, _device(self.device), self.saving)
-        assert isinstance(run, SftRun)
+        run = GattRun.resume(self.out, _device(self.device), self.saving)
+        assert isinstance(run, GattRun)
         _keeps(self.out, asdict(self.training), asdict(run.config), asdict(GATT_TRAINING))
         started = read_toml(self.out / CONFIG)
         base = {"model": started["base"]["path"], "trained": started["base"]["trained"]}
@@ -1511,6 +1524,19 @@ def _keep(path: Path) -> None:
         )
 
 
+def _check_mergeable(model: str | None) -> None:
+    """Raises ValueError for a model in few bits, before an adapter of it is trained."""
+    from minillama.checkpoint import open_checkpoint
+
+    quantization = open_checkpoint(model).quantization if model else None
+    if quantization:
+        raise ValueError(
+            f"{model} holds weights in {quantization['kind']}, into which no adapter is merged. "
+            f"Leave --merge out; or name the model that it was made of, with --quantize "
+            f"{quantization['kind']}."
+        )
+
+
 def _keeps(
     out: Path,
     wanted: Mapping[str, Any],
@@ -1522,8 +1548,8 @@ def _keeps(
     `usual` are those of a command without flags, where these are not the run's own.
     """
     for name, then in started.items():
-        now = wanted[name]
-        if now not in (then, (usual or started)[name]):
+        now = wanted.get(name, then)  # what a run made in Python says besides
+        if now not in (then, (usual or started).get(name)):
             raise ValueError(
                 f"{name} was {then!r} when the run in {out} was started, and is {now!r} now. A "
                 f"resumed run keeps what it was started with: leave that out, or start a new run "

@@ -33,9 +33,9 @@ from minillama.data.dialogues import as_messages, corpus
 from minillama.data.mixture import Batches
 from minillama.data.packing import IGNORE, Batch
 from minillama.model import Llama
-from minillama.plan import LINEARS, TrainingPlan
+from minillama.plan import LINEARS
 from minillama.tokenizer import Tokenizer
-from minillama.training.lora_run import LoRARun, lora_settings
+from minillama.training.lora_run import LoRARun, base_digest, check_base, lora_settings
 from minillama.training.run import PretrainingRun
 
 Dialogue: TypeAlias = Sequence[Message]
@@ -254,6 +254,7 @@ class SftRun(_PackedRun):
     Source: Touvron et al. 2023b, sec. 3.1. Shown in notebooks/10_sft.ipynb.
     """
 
+    KIND: ClassVar[str] = "sft"
     _TABLES: ClassVar[tuple[str, ...]] = ("model", "shares", "base", "packing")
 
     def __init__(
@@ -272,41 +273,37 @@ class SftRun(_PackedRun):
         trained: Sequence[str] = (),
     ) -> None:
         path = Path(base).absolute() if Path(base).exists() else base  # or a name
-        model_config = _open_base(base, config.seq_len).config
+        checkpoint = _open_base(base, config.seq_len)
         rows, held_out_rows, config = _packed_all(examples, held_out, config, epochs)
         settings = {
-            "model": model_config.to_dict(),
+            "model": checkpoint.config.to_dict(),
             "training": asdict(config),
             "saving": asdict(saving or RunConfig()),
             "shares": {"examples": 1.0},
             "base": {
                 "path": str(path),
                 "trained": [known_name("matrix of the blocks", t, LINEARS) for t in trained],
+                "sha256": base_digest(checkpoint.path),
             },
-            "packing": {"across": across},
+            "packing": {"across": across, "epochs": epochs or 0.0},  # 0: so many steps
             "data": dict(origin or {}),
         }
         self._start(Path(folder), {"examples": rows}, held_out_rows, tokenizer, settings, device)
 
-    def _plan(self, settings: Mapping[str, Any]) -> TrainingPlan:
-        if "packing" not in settings:
-            raise ValueError(
-                "This is no run of fine-tuning: `minillama pretrain`, or `lora`, resumes it."
-            )
-        return super()._plan(settings)
-
     def _first_model(self, settings: Mapping[str, Any]) -> Llama:
         checkpoint = _open_base(settings["base"]["path"], self.config.seq_len)
-        if checkpoint.config.to_dict() != settings["model"]:
-            raise ValueError(
-                f"{checkpoint.path} holds another model than when this run was started. Restore "
-                f"it, or start a new run."
-            )
+        check_base(checkpoint, settings)
         model = llama_from(checkpoint, dtype=torch.float32)
         if trained := settings["base"]["trained"]:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.split(".")[-2] in trained)
         return model
+
+
+class GattRun(SftRun):
+    """An `SftRun` on examples of Ghost Attention (`minillama.chat.gatt`)."""
+
+    KIND: ClassVar[str] = "gatt"
 
 
 class LoRASftRun(_PackedRun, LoRARun):
@@ -320,6 +317,7 @@ class LoRASftRun(_PackedRun, LoRARun):
     (arXiv:2305.14314).
     """
 
+    KIND: ClassVar[str] = "lora --data"
     _TABLES: ClassVar[tuple[str, ...]] = (*LoRARun._TABLES, "packing")
 
     def __init__(
@@ -340,7 +338,10 @@ class LoRASftRun(_PackedRun, LoRARun):
     ) -> None:
         rows, held_out_rows, config = _packed_all(examples, held_out, config, epochs)
         settings = lora_settings(base, adapter, config, saving, quantize, origin)
-        settings |= {"shares": {"examples": 1.0}, "packing": {"across": across}}
+        settings |= {
+            "shares": {"examples": 1.0},
+            "packing": {"across": across, "epochs": epochs or 0.0},
+        }
         self._start(Path(folder), {"examples": rows}, held_out_rows, tokenizer, settings, device)
 
 

@@ -190,6 +190,7 @@ def test_the_command_resumes_with_or_without_the_same_flags(tmp_path, base, chat
     for flags, message in (
         (["--data", "other.jsonl"], "files was ["),
         (["--chat-format", "alpaca"], "chat_format was 'llama2' when"),
+        (["--epochs", "3"], "epochs was 0.0 when"),
     ):
         with pytest.raises(SystemExit):
             main(["lora", "--resume", "--out", str(out), "--device", "cpu", *flags])
@@ -230,3 +231,19 @@ def test_sft_of_a_base_in_few_bits_names_the_command_that_works(tmp_path, base, 
     assert f"minillama lora {int8} --data FILE.jsonl" in capsys.readouterr().err
     lora(int8, chats, out)
     assert (out / "adapter").exists()
+
+
+def test_a_base_in_few_bits_is_not_merged_and_that_is_said_before_training(
+    tmp_path, base, chats, capsys
+):
+    model, tokenizer = load(base, quantize="int8")
+    int8, out = tmp_path / "int8", tmp_path / "run"
+    save(int8, model, tokenizer)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            lora(int8, chats, out, "--merge", "--resume")
+        error = capsys.readouterr().err
+        assert f"{int8} holds weights in int8, into which no adapter is merged. Leave" in error
+        if not out.exists():
+            lora(int8, chats, out)  # and the same for a run that is resumed
+            capsys.readouterr()
