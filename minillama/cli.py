@@ -520,7 +520,8 @@ class Sft:
     out: Path = Path("runs/sft")  # a new folder
     resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
     preset: str = "llama2"  # how it is trained: llama2, the paper's way; toy, for --data toy
-    epochs: float | None = SFT_EPOCHS  # how often each dialogue is learned; instead: --steps
+    # How often each dialogue is learned, at least: the last step is whole. Instead: --steps
+    epochs: float | None = SFT_EPOCHS
     chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
     across: bool = False  # dialogues see those before them in a row
     tokenizer: Path | None = None  # where it does not lie beside the weights
@@ -572,6 +573,7 @@ class Sft:
         before, context = checkpoint.config.max_seq_len, run.model.config.max_seq_len
         if context > before:
             print(f"The context grows from {before:,} to {context:,} tokens: a row is so long.")
+        self._advise(run)
         return run
 
     def origin(self, tokenizer: "Tokenizer") -> dict[str, Any]:
@@ -639,19 +641,33 @@ class Sft:
             f"{len(learned):,} dialogues in the format {chat_format}: {tokens:,} tokens, of which "
             f"{answers:,} are learned. {len(held_out):,} more are held out."
         )
-        at_once = self.training.batch_size * self.training.accumulation * seq_len
-        if tokens < at_once / 2:
-            print(
-                f"A step takes {at_once:,} tokens, so it learns each dialogue about "
-                f"{at_once / tokens:.0f} times, all at once. Few dialogues are better learned in "
-                f"many small steps: --batch-size 1 --accumulation 1 --seq-len 512."
-            )
         return learned, held_out
+
+    def _advise(self, run: "SftRun") -> None:
+        """Say what to do where there is too little data for the paper's large steps."""
+        steps, size = run.config.steps, run.model.config.n_parameters
+        if self.epochs is not None and steps < 50 and run.tokens_per_step > 512:
+            rate = 2e-5 * (7e9 / size) ** 0.5  # between those of the presets, for 7B and the toy
+            print(
+                f"These are {steps} steps, of {run.tokens_per_step:,} tokens each; as they are "
+                f"whole, dialogues may be learned more often than --epochs says. Few dialogues are "
+                f"better learned in many small steps: --batch-size 1 --accumulation 1 --seq-len "
+                f"512 --learning-rate {rate:.1g} --epochs 10"
+            )
 
     def _format(self, tokenizer: "Tokenizer") -> str:
         from minillama.chat import recognise
 
         return self.chat_format or recognise(tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftTraining(TrainingConfig):
+    """TrainingConfig where epochs say how many steps there are."""
+
+    steps: Annotated[
+        int, tyro.conf.arg(help_behavior_hint="(default: as many as --epochs take)")
+    ] = TrainingConfig.steps  # optimiser steps, in place of --epochs
 
 
 def sft_defaults(arguments: list[str]) -> Sft:
@@ -668,10 +684,11 @@ def sft_defaults(arguments: list[str]) -> Sft:
     if found.steps and found.epochs:
         raise ValueError(BOTH_LENGTHS)
     preset = found.preset or ("toy" if found.data == ["toy"] else "llama2")
+    kind = "preset of fine-tuning"
     return Sft(
         preset=preset,
         epochs=None if found.steps else SFT_EPOCHS,
-        training=SFT_PRESETS[known_name("preset of fine-tuning", preset, SFT_PRESETS)],
+        training=SftTraining(**asdict(SFT_PRESETS[known_name(kind, preset, SFT_PRESETS)])),
     )
 
 

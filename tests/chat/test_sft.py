@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -621,9 +622,32 @@ def test_the_papers_settings_are_the_preset():
     paper = SFT_PRESETS["llama2"]
     assert (paper.learning_rate, paper.weight_decay, paper.seq_len) == (2e-5, 0.1, 4096)
     assert (paper.batch_size * paper.accumulation, paper.warmup_steps, SFT_EPOCHS) == (64, 0, 2)
-    assert sft_defaults(["base", "--data", "chat.jsonl"]).training == paper
-    assert sft_defaults(["base", "--data", "toy"]).training == SFT_PRESETS["toy"]
-    assert sft_defaults(["--data", "toy", "--preset", "llama2"]).training == paper
+    for flags, preset in (
+        (["base", "--data", "chat.jsonl"], paper),
+        (["base", "--data", "toy"], SFT_PRESETS["toy"]),
+        (["--data", "toy", "--preset", "llama2"], paper),
+    ):
+        assert asdict(sft_defaults(flags).training) == asdict(preset)
+
+
+def test_the_help_says_that_epochs_give_the_steps(capsys):
+    with pytest.raises(SystemExit):
+        main(["sft", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--steps INT" in text
+    assert "(default: as many as --epochs take)" in text
+    assert "2200" not in text
+
+
+def test_few_dialogues_are_told_flags_with_which_they_are_learned(tmp_path, base, chats, capsys):
+    flags = ["--batch-size", "1", "--accumulation", "64", "--seq-len", "128", "--device", "cpu"]
+    line = ["sft", str(base), "--data", str(chats)]
+    main([*line, "--out", str(tmp_path / "run"), *flags])
+    (told,) = re.findall(r"many small steps: (.*)\n", capsys.readouterr().out)
+    main([*line, "--out", str(tmp_path / "small"), *told.split(), "--epochs", "1"])
+    assert "many small steps" not in capsys.readouterr().out
+    training = tomllib.loads((tmp_path / "small" / "config.toml").read_text())["training"]
+    assert training["learning_rate"] == pytest.approx(2e-5 * (7e9 / 28_960) ** 0.5, rel=0.1)
 
 
 def test_the_toy_worlds_dialogues_fit_the_rows_of_the_toys_preset():
