@@ -60,6 +60,8 @@ TOY_TRAINING = TrainingConfig.preset("toy")
 LORA_TRAINING = TrainingConfig(
     steps=200, learning_rate=2e-4, warmup_steps=10, weight_decay=0.0, batch_size=4
 )
+# Of dialogues: rows that hold whole ones, of as many tokens in a step.
+LORA_DIALOGUES = replace(LORA_TRAINING, batch_size=1, seq_len=1024)
 TOY_DIALOGUES = 5000  # of the toy world, for fine-tuning: more than data/dialogues holds
 # Of Ghost Attention, on the toy world's dialogues.
 GATT_TRAINING = TrainingConfig(
@@ -67,6 +69,7 @@ GATT_TRAINING = TrainingConfig(
 )
 TURNS = (1, 2, 4, 6, 10, 15, 20)  # at which obedience is shown
 CONFIG = "config.toml"  # of a run
+BOTH_LENGTHS = "Both --steps and --epochs say how long to train: leave one of them out."
 # Commands whose model stands behind their name; of `generate` that is the prompt's place.
 OF_A_MODEL = ("chat", "gatt", "info", "lora", "plan", "serve", "sft", "verify")
 RANK = int(os.environ.get("RANK", "0"))  # among the processes that torchrun started: 0 speaks
@@ -214,8 +217,9 @@ class Pretrain:
     saving: Annotated[RunConfig, FLAT] = field(default_factory=RunConfig)
 
     def run(self) -> None:
-        run = self._resumed() if self.resume and (self.out / CONFIG).exists() else self._new()
-        _follow(run, self.sample_every, self.sample_prompt, self.tensorboard)
+        resumes = self.resume and (self.out / CONFIG).exists()
+        run = self._resumed() if resumes else self._new()
+        _follow(run, self.sample_every, self.sample_prompt, self.tensorboard, resumes)
         print(f'Try it: minillama generate --model {self.out / "checkpoint"} "Once upon a time"')
 
     def _new(self) -> "PretrainingRun":
@@ -307,6 +311,8 @@ def pretrain_defaults(arguments: list[str]) -> Pretrain:
     if found.resume and (found.out / CONFIG).exists():
         path = found.out / CONFIG
     tables = read_toml(path) if path else {}
+    if tables.pop("kind", "pretrain") != "pretrain" and found.resume:
+        return Pretrain()  # `PretrainingRun.resume` says which command resumes it
     known = ("preset", "model", "training", "saving", "shares", "data")
     for name in tables:
         known_name(f"table in {path}", name, known)
@@ -333,15 +339,20 @@ def pretrain_defaults(arguments: list[str]) -> Pretrain:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Train an adapter of a model on your own text; a tenth of it is held out for validation.
+    """Train an adapter of a model on your own text or dialogues; a tenth is held out.
 
-    It is a small folder, which peft and transformers read as well; the model stays as it is.
-    Example: minillama lora smollm2-135m-instruct --text book.txt --out runs/book-lora
+    It is a small folder, which peft and transformers read as well; the model stays as it is. Of
+    dialogues the answers are learned: files as for `minillama sft`, or "toy".
+    Example: minillama lora smollm2-135m-instruct --data chats.jsonl --out runs/chat-lora
     """
 
     model: tyro.conf.Positional[str | None] = None  # a checkpoint, or a name: see `minillama fetch`
     text: tuple[Path, ...] = ()  # UTF-8 text files; each is one document
     by_line: bool = False  # each line of the files is a document of its own
+    data: tuple[str, ...] = ()  # instead of --text: JSON-lines files of dialogues, or toy
+    epochs: float | None = None  # how often each dialogue is learned, in place of --steps
+    chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the model's own
+    neutralise: bool = False  # "[INST]" in a message becomes "[ INST]", and is no error
     out: Path = Path("runs/lora")  # a new folder
     resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
     merge: bool = False  # write --out/checkpoint, too: the model with the adapter in its weights
@@ -356,33 +367,59 @@ class LoRA:
     saving: Annotated[RunConfig, FLAT] = field(default_factory=RunConfig)
 
     def run(self) -> None:
+        resumes = self.resume and (self.out / CONFIG).exists()
         if self.merge:
             _keep(self.out / "checkpoint")
-        run = self._resumed() if self.resume and (self.out / CONFIG).exists() else self._new()
+            base = read_toml(self.out / CONFIG).get("base", {}).get("path") if resumes else None
+            _check_mergeable(base or self.model)
+        run = self._resumed() if resumes else self._new()
         trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
         print(
             f"Adapter: rank {run.adapter.rank} beside {', '.join(run.adapter.targets)}, "
             f"{trained:,} numbers. All others are frozen."
         )
-        _follow(run, self.sample_every, self.sample_prompt, self.tensorboard)
-        adapter = self.out / run.RESULT
+        _follow(run, self.sample_every, self.sample_prompt, self.tensorboard, resumes)
         if self.merge:
             self._merge(run)
-        print(
-            f'Try it: minillama generate --model {run.base} --adapter {adapter} "Once upon a time"'
-        )
+        print(f"Try it: {self._spoken_with(run)}")
+
+    def _spoken_with(self, run: "LoRARun") -> str:
+        """The command that writes with the adapter: `chat` for one that answers."""
+        from minillama.chat import recognise
+        from minillama.checkpoint import open_checkpoint
+
+        adapter, data = self.out / run.RESULT, read_toml(self.out / CONFIG)["data"]
+        usual = recognise(run.tokenizer)
+        answers = usual != "llama2" or run.tokenizer.chat_format or "files" in data
+        if answers or open_checkpoint(run.base).chat_template:
+            chat_format = data.get("chat_format", usual)
+            spoken = "" if chat_format == usual else f" --chat-format {chat_format}"
+            return f"minillama chat {run.base} --adapter {adapter}{spoken}"
+        return f'minillama generate --model {run.base} --adapter {adapter} "Once upon a time"'
 
     def _new(self) -> "LoRARun":
         from minillama.checkpoint import open_checkpoint, open_tokenizer
         from minillama.data.corpora import hold_out, read_documents
         from minillama.training.lora_run import LoRARun
 
-        if not (self.model and self.text):
+        if not self.model or bool(self.text) == bool(self.data):
             raise ValueError(
-                "Name the model, and what it is to learn from: minillama lora MODEL --text FILE..."
+                "Name the model, and what it is to learn from: minillama lora MODEL --text FILE... "
+                "or, of dialogues, --data FILE.jsonl...; one of the two."
             )
+        for path in self.text:
+            if path.suffix == ".jsonl":
+                raise ValueError(
+                    f"{path} holds JSON lines, and --text would have its brackets learned. If "
+                    f"they are dialogues: minillama lora {self.model} --data {path}"
+                )
         _keep(self.out / LoRARun.RESULT)
-        tokenizer = open_tokenizer(open_checkpoint(self.model), self.tokenizer)
+        checkpoint = open_checkpoint(self.model)
+        tokenizer = open_tokenizer(checkpoint, self.tokenizer)
+        if self.data:
+            return self._of_dialogues(tokenizer, checkpoint.config.max_seq_len)
+        if self.epochs is not None or self.chat_format:
+            raise ValueError("--epochs and --chat-format are for dialogues (--data): leave it out.")
         documents, held_out = hold_out(read_documents(self.text, self.by_line))
         return LoRARun(
             self.out,
@@ -395,7 +432,38 @@ class LoRA:
             _device(self.device),
             self.saving,
             self.quantize,
-            {"text": self._source()["text"], "by_line": self.by_line},
+            {name: self._source()[name] for name in ("text", "by_line", "tokenizer")},
+        )
+
+    def _of_dialogues(self, tokenizer: "Tokenizer", context: int) -> "LoRARun":
+        """A new run on dialogues, of which no more is read than the model's context."""
+        from minillama.chat.sft import LoRASftRun
+
+        if self.epochs is not None and self.training.steps != LORA_DIALOGUES.steps:
+            raise ValueError(BOTH_LENGTHS)
+        training = replace(self.training, seq_len=min(self.training.seq_len, context))
+        # What fine-tuning reads from the same flags.
+        sft = Sft(
+            data=self.data,
+            chat_format=self.chat_format,
+            neutralise=self.neutralise,
+            tokenizer=self.tokenizer,
+            training=training,
+        )
+        examples, held_out = sft.examples(tokenizer)
+        return LoRASftRun(
+            self.out,
+            examples,
+            held_out,
+            tokenizer,
+            str(self.model),
+            self.adapter,
+            training,
+            self.epochs,
+            device=_device(self.device),
+            saving=self.saving,
+            quantize=self.quantize,
+            origin=sft.origin(tokenizer),
         )
 
     def _source(self) -> dict[str, Any]:
@@ -405,18 +473,28 @@ class LoRA:
             "quantize": self.quantize or "",
             "text": [str(path) for path in self.text],
             "by_line": self.by_line,
-        }
+            "files": list(self.data),
+            "chat_format": self.chat_format or "",
+            "neutralise": self.neutralise,
+            "tokenizer": str(self.tokenizer or ""),
+        } | ({} if self.epochs is None else {"epochs": self.epochs})
 
     def _resumed(self) -> "LoRARun":
+        from minillama.chat.sft import LoRASftRun
         from minillama.training.lora_run import LoRARun
 
-        run = LoRARun.resume(self.out, _device(self.device), self.saving)
-        assert isinstance(run, LoRARun)
         started = read_toml(self.out / CONFIG)
+        kind = LoRASftRun if started.get("kind") == LoRASftRun.KIND else LoRARun
+        run = kind.resume(self.out, _device(self.device), self.saving)
+        assert isinstance(run, LoRARun)
         base = {"model": started["base"]["path"], "quantize": started["base"]["quantize"]}
-        _keeps(self.out, self._source(), base | started["data"], LoRA()._source())
+        source = base | started["data"] | started.get("packing", {})
+        _keeps(self.out, self._source(), source, LoRA()._source())
         _keeps(self.out, asdict(self.adapter), asdict(run.adapter), asdict(LoRAConfig()))
-        _keeps(self.out, asdict(self.training), asdict(run.config), asdict(LORA_TRAINING))
+        usual = LORA_DIALOGUES if self.data else LORA_TRAINING
+        context = run.model.config.max_seq_len if self.data else self.training.seq_len
+        training = replace(self.training, seq_len=min(self.training.seq_len, context))
+        _keeps(self.out, asdict(training), asdict(run.config), asdict(usual))
         return run
 
     def _merge(self, run: "LoRARun") -> None:
@@ -425,8 +503,11 @@ class LoRA:
         from minillama.checkpoint.native import save_native
         from minillama.checkpoint.peft import merged
 
-        checkpoint = merged(open_checkpoint(run.base), adapter_of(run.model))
-        save_native(self.out / "checkpoint", checkpoint, run.tokenizer)
+        base = open_checkpoint(run.base)
+        own = base.tokenizer().chat_format if base.tokenizer else None
+        chat_format = read_toml(self.out / CONFIG)["data"].get("chat_format", own)
+        checkpoint = merged(base, adapter_of(run.model))
+        save_native(self.out / "checkpoint", checkpoint, run.tokenizer.for_chat(chat_format))
         print(f"{self.out / 'checkpoint'} is {run.base} with the adapter in its weights.")
 
 
@@ -445,8 +526,9 @@ class Sft:
     out: Path = Path("runs/sft")  # a new folder
     resume: bool = False  # go on with the run in --out, exactly; start it if there is none yet
     preset: str = "llama2"  # how it is trained: llama2, the paper's way; toy, for --data toy
-    epochs: float | None = SFT_EPOCHS  # how often each dialogue is learned; instead: --steps
-    chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the vocabulary's
+    # How often each dialogue is learned, at least: the last step is whole. Instead: --steps
+    epochs: float | None = SFT_EPOCHS
+    chat_format: str | None = None  # llama2, chatml, alpaca, code-llama-70b; else the model's own
     neutralise: bool = False  # "[INST]" in a message becomes "[ INST]", and is no error
     across: bool = False  # dialogues see those before them in a row
     tokenizer: Path | None = None  # where it does not lie beside the weights
@@ -456,17 +538,13 @@ class Sft:
     saving: Annotated[RunConfig, FLAT] = field(default_factory=RunConfig)
 
     def run(self) -> None:
-        from minillama.chat import recognise
 
         resumes = self.resume and (self.out / CONFIG).exists()
         if not resumes:
             _keep(self.out / "checkpoint")
         run = self._resumed() if resumes else self.start()
-        _follow(run, tensorboard=self.tensorboard)
-        chat_format = read_toml(self.out / CONFIG)["data"]["chat_format"]
-        known = chat_format == recognise(run.tokenizer)
-        spoken = "" if known else f" --chat-format {chat_format}"
-        print(f"Try it: minillama chat {self.out / run.RESULT}{spoken}")
+        _follow(run, tensorboard=self.tensorboard, resumed=resumes)
+        print(f"Try it: minillama chat {self.out / run.RESULT}")
 
     def start(self) -> "SftRun":
         """A new run; an earlier one in the same place is replaced."""
@@ -480,7 +558,8 @@ class Sft:
             )
         checkpoint = open_checkpoint(self.model)
         tokenizer = open_tokenizer(checkpoint, self.tokenizer)
-        examples, held_out = self._examples(tokenizer)
+        tokenizer = tokenizer.for_chat(self._format(tokenizer))
+        examples, held_out = self.examples(tokenizer)
         run = SftRun(
             self.out,
             examples,
@@ -492,11 +571,7 @@ class Sft:
             self.across,
             _device(self.device),
             self.saving,
-            {
-                "files": list(self.data),
-                "chat_format": self._format(tokenizer),
-                "neutralise": self.neutralise,
-            },
+            self.origin(tokenizer),
         )
         if run.context > (before := checkpoint.config.max_seq_len):
             longest = "row" if self.across else "dialogue"
@@ -504,17 +579,28 @@ class Sft:
                 f"The context grows from {before:,} to {run.context:,} tokens: the longest "
                 f"{longest} has so many."
             )
+        self._advise(run)
         return run
+
+    def origin(self, tokenizer: "Tokenizer") -> dict[str, Any]:
+        """Where the dialogues come from, as config.toml keeps it in [data]."""
+        return {
+            "files": list(self.data),
+            "chat_format": self._format(tokenizer),
+            "neutralise": self.neutralise,
+            "tokenizer": str(self.tokenizer or ""),
+        }
 
     def _source(self) -> dict[str, Any]:
         """What it starts and learns from, as config.toml keeps it."""
         return {
             "model": _place(self.model),
             "across": self.across,
-            "data": list(self.data),
+            "files": list(self.data),
             "chat_format": self.chat_format or "",
             "neutralise": self.neutralise,
-        }
+            "tokenizer": str(self.tokenizer or ""),
+        } | ({} if self.epochs is None else {"epochs": self.epochs})
 
     def _resumed(self) -> "SftRun":
         from minillama.chat.sft import SftRun
@@ -529,17 +615,11 @@ class Sft:
         config = replace(run.config, steps=steps)
         _keeps(self.out, asdict(self.training), asdict(config), asdict(usual))
         started = read_toml(self.out / CONFIG)
-        source = {
-            "model": started["base"]["path"],
-            "across": started["packing"]["across"],
-            "data": started["data"]["files"],
-            "chat_format": started["data"]["chat_format"],
-            "neutralise": started["data"].get("neutralise", False),
-        }
+        source = {"model": started["base"]["path"]} | started["packing"] | started["data"]
         _keeps(self.out, self._source(), source, Sft()._source())
         return run
 
-    def _examples(self, tokenizer: "Tokenizer") -> "tuple[list[DialogTokens], list[DialogTokens]]":
+    def examples(self, tokenizer: "Tokenizer") -> "tuple[list[DialogTokens], list[DialogTokens]]":
         """What to learn from, and what is held out."""
         from minillama.chat.sft import tokenise, toy_dialogues
 
@@ -568,19 +648,33 @@ class Sft:
             f"{len(learned):,} dialogues in the format {chat_format}: {tokens:,} tokens, of which "
             f"{answers:,} are learned. {len(held_out):,} more are held out."
         )
-        at_once = self.training.batch_size * self.training.accumulation * seq_len
-        if tokens < at_once / 2:
-            print(
-                f"A step takes {at_once:,} tokens, so it learns each dialogue about "
-                f"{at_once / tokens:.0f} times, all at once. Few dialogues are better learned in "
-                f"many small steps: --batch-size 1 --accumulation 1 --seq-len 512."
-            )
         return learned, held_out
+
+    def _advise(self, run: "SftRun") -> None:
+        """Say what to do where there is too little data for the paper's large steps."""
+        steps, size = run.config.steps, run.model.config.n_parameters
+        if self.epochs is not None and steps < 50 and run.tokens_per_step > 512:
+            rate = 2e-5 * (7e9 / size) ** 0.5  # between those of the presets, for 7B and the toy
+            print(
+                f"These are {steps} steps, of {run.tokens_per_step:,} tokens each; as they are "
+                f"whole, dialogues may be learned more often than --epochs says. Few dialogues are "
+                f"better learned in many small steps: --batch-size 1 --accumulation 1 --seq-len "
+                f"512 --learning-rate {rate:.1g} --epochs 10"
+            )
 
     def _format(self, tokenizer: "Tokenizer") -> str:
         from minillama.chat import recognise
 
         return self.chat_format or recognise(tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftTraining(TrainingConfig):
+    """TrainingConfig where epochs say how many steps there are."""
+
+    steps: Annotated[
+        int, tyro.conf.arg(help_behavior_hint="(default: as many as --epochs take)")
+    ] = TrainingConfig.steps  # optimiser steps, in place of --epochs
 
 
 def sft_defaults(arguments: list[str]) -> Sft:
@@ -595,12 +689,13 @@ def sft_defaults(arguments: list[str]) -> Sft:
     except argparse.ArgumentError:
         return Sft()  # the whole command's parser says what is wrong
     if found.steps and found.epochs:
-        raise ValueError("Both --steps and --epochs say how long to train: leave one of them out.")
+        raise ValueError(BOTH_LENGTHS)
     preset = found.preset or ("toy" if found.data == ["toy"] else "llama2")
+    kind = "preset of fine-tuning"
     return Sft(
         preset=preset,
         epochs=None if found.steps else SFT_EPOCHS,
-        training=SFT_PRESETS[known_name("preset of fine-tuning", preset, SFT_PRESETS)],
+        training=SftTraining(**asdict(SFT_PRESETS[known_name(kind, preset, SFT_PRESETS)])),
     )
 
 
@@ -631,7 +726,7 @@ class Gatt:
     max_new_tokens: int = 48  # of an answer
     sampling: Annotated[Sampling, FLAT] = field(default_factory=Sampling)
     n_measured: int = 64  # dialogues of the toy world to measure obedience in; 0 measures nothing
-    chat_format: str | None = None  # llama2, chatml, code-llama-70b; else the vocabulary's
+    chat_format: str | None = None  # llama2, chatml, code-llama-70b; else the model's own
     tokenizer: Path | None = None  # where it does not lie beside the weights
     device: str = "auto"  # cpu, cuda, mps; auto takes a GPU where there is one
     training: Annotated[TrainingConfig, FLAT] = GATT_TRAINING
@@ -642,12 +737,10 @@ class Gatt:
         if not resumes:
             _keep(self.out / "checkpoint")
         run = self._resumed() if resumes else self.start()
-        _follow(run)
+        _follow(run, resumed=resumes)
         if not self.instructions and self.n_measured:
             self.show_obedience(run)
-        chat_format = read_toml(self.out / CONFIG)["data"].get("chat_format")
-        spoken = f" --chat-format {chat_format}" if chat_format else ""
-        print(f"Try it: minillama chat {self.out / run.RESULT}{spoken}")
+        print(f"Try it: minillama chat {self.out / run.RESULT}")
 
     def show_obedience(self, run: "SftRun") -> None:
         """Before and after, with instructions and questions of the toy world not trained on."""
@@ -670,7 +763,7 @@ class Gatt:
     def start(self) -> "SftRun":
         """A new run; an earlier one in the same place is replaced."""
         from minillama.chat.gatt import examples
-        from minillama.chat.sft import SftRun
+        from minillama.chat.sft import GattRun
         from minillama.plan import LINEARS
 
         if not self.model or bool(self.instructions) != bool(self.data):
@@ -695,7 +788,7 @@ class Gatt:
             )
         places = {*range(9, len(found), 10)} or {len(found) - 1}
         print(f"{said}; {sum(sum(each.learned) for each in found):,} tokens of them are learned.")
-        return SftRun(
+        return GattRun(
             self.out,
             [each for place, each in enumerate(found) if place not in places],
             [found[place] for place in sorted(places)],
@@ -721,6 +814,7 @@ class Gatt:
             "own": self.own,
             "max_new_tokens": self.max_new_tokens,
             "chat_format": self.chat_format or "",
+            "tokenizer": str(self.tokenizer or ""),
             **{k: "" if v is None else v for k, v in asdict(self.sampling).items()},
         }
 
@@ -733,6 +827,7 @@ class Gatt:
         given = read_instructions(self.instructions) if self.instructions else []
         model, tokenizer = self._opening.load(str(self.model))
         chat_format = self.chat_format or recognise(tokenizer)
+        tokenizer = tokenizer.for_chat(chat_format)
         dialogues = _dialogues(self.data, tokenizer, chat_format, self.neutralise) if given else {}
         turns = turns_of(dialogues, tokenizer, chat_format)
         print(f"{self.n_dialogues:,} dialogues are held under an instruction.", flush=True)
@@ -766,10 +861,10 @@ class Gatt:
         return tokenizer, talks
 
     def _resumed(self) -> "SftRun":
-        from minillama.chat.sft import SftRun
+        from minillama.chat.sft import GattRun
 
-        run = SftRun.resume(self.out, _device(self.device), self.saving)
-        assert isinstance(run, SftRun)
+        run = GattRun.resume(self.out, _device(self.device), self.saving)
+        assert isinstance(run, GattRun)
         _keeps(self.out, asdict(self.training), asdict(run.config), asdict(GATT_TRAINING))
         started = read_toml(self.out / CONFIG)
         base = {"model": started["base"]["path"], "trained": started["base"]["trained"]}
@@ -1350,13 +1445,14 @@ def main(arguments: list[str] | None = None) -> None:
             )
         defaults = pretrain_defaults(arguments[1:]) if arguments[:1] == ["pretrain"] else Pretrain()
         tuning = sft_defaults(arguments[1:]) if arguments[:1] == ["sft"] else Sft()
+        adapting = LoRA(training=LORA_DIALOGUES if "--data" in arguments else LORA_TRAINING)
         command = tyro.cli(
             Annotated[Demo, tyro.conf.subcommand("demo")]
             | Annotated[TrainTokenizer, tyro.conf.subcommand("tokenizer")]
             | Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=defaults)]
             | Annotated[Convert, tyro.conf.subcommand("convert")]
             | Annotated[Verify, tyro.conf.subcommand("verify")]
-            | Annotated[LoRA, tyro.conf.subcommand("lora")]
+            | Annotated[LoRA, tyro.conf.subcommand("lora", default=adapting)]
             | Annotated[Sft, tyro.conf.subcommand("sft", default=tuning)]
             | Annotated[Gatt, tyro.conf.subcommand("gatt")]
             | Annotated[Curate, tyro.conf.subcommand("curate")]
@@ -1394,7 +1490,11 @@ def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
 
 
 def _follow(
-    run: "PretrainingRun", sample_every: int = 0, prompt: str = "", tensorboard: bool = False
+    run: "PretrainingRun",
+    sample_every: int = 0,
+    prompt: str = "",
+    tensorboard: bool = False,
+    resumed: bool = False,
 ) -> None:
     """Train to the end, showing where it stands."""
     from tqdm import tqdm
@@ -1412,7 +1512,8 @@ def _follow(
         print(
             f"Model: {run.model.config.n_parameters:,} parameters. Data: {run.n_tokens:,} tokens. "
             f"Training: {config.steps:,} steps of {run.tokens_per_step:,} tokens"
-            + (f"; {run.step:,} of them were taken before." if run.step else "."),
+            + (f"; {run.step:,} of them were taken before." if run.step else ".")
+            + " No state was saved yet: the run starts at step 1." * (resumed and not run.step),
             flush=True,
         )
         for stats in run:
@@ -1458,6 +1559,19 @@ def _keep(path: Path) -> None:
         )
 
 
+def _check_mergeable(model: str | None) -> None:
+    """Raises ValueError for a model in few bits, before an adapter of it is trained."""
+    from minillama.checkpoint import open_checkpoint
+
+    quantization = open_checkpoint(model).quantization if model else None
+    if quantization:
+        raise ValueError(
+            f"{model} holds weights in {quantization['kind']}, into which no adapter is merged. "
+            f"Leave --merge out; or name the model that it was made of, with --quantize "
+            f"{quantization['kind']}."
+        )
+
+
 def _keeps(
     out: Path,
     wanted: Mapping[str, Any],
@@ -1469,8 +1583,8 @@ def _keeps(
     `usual` are those of a command without flags, where these are not the run's own.
     """
     for name, then in started.items():
-        now = wanted[name]
-        if now not in (then, (usual or started)[name]):
+        now = wanted.get(name, then)  # what a run made in Python says besides
+        if now not in (then, (usual or started).get(name)):
             raise ValueError(
                 f"{name} was {then!r} when the run in {out} was started, and is {now!r} now. A "
                 f"resumed run keeps what it was started with: leave that out, or start a new run "

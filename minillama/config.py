@@ -361,7 +361,9 @@ class RunConfig:
     """How often a pretraining run saves and measures; the model does not depend on it."""
 
     # Shown in notebooks/08_pretraining.ipynb.
-    save_every: int = 500  # steps between two states to resume from; 0 saves none
+    # Steps between two states to resume from; 0 saves none; 500, where the run takes fewer than
+    # 5,000, means a tenth of them.
+    save_every: int = 500
     keep: int = 2  # how many of these states stay
     eval_every: int = 0  # steps between two validation losses; 0 measures at the end alone
 
@@ -369,6 +371,12 @@ class RunConfig:
         for name, least in (("save_every", 0), ("keep", 1), ("eval_every", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}.")
+
+    def of_steps(self, steps: int) -> "RunConfig":
+        """The same for a run of so many steps: short ones leave states on their way, too."""
+        if self.save_every != RunConfig.save_every:
+            return self
+        return replace(self, save_every=min(self.save_every, max(steps // 10, 1)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -303,3 +303,11 @@ def test_a_table_that_fits_no_settings(values, message):
 def test_how_often_a_run_saves_makes_sense(values, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "every"),
+    [(200, 500, 20), (7, 500, 1), (4999, 500, 499), (10**6, 500, 500), (200, 150, 150), (9, 0, 0)],
+)
+def test_short_runs_save_a_state_every_tenth_of_their_steps(steps, given, every):
+    assert RunConfig(save_every=given).of_steps(steps).save_every == every

@@ -2,7 +2,8 @@
 
     dialogues ─tokenise→ list[DialogTokens] ─pack→ rows ─batches→ Iterator[Batch] ─train→ StepStats
 
-`SftRun` does what comes behind `tokenise`, with a folder, states and a checkpoint at the end.
+`SftRun` does what comes behind `tokenise`, with a folder, states and a checkpoint at the end;
+`LoRASftRun` does it with an adapter.
 
 Source: Touvron et al. 2023b, sec. 3.1 (arXiv:2307.09288). Built in notebooks/10_sft.ipynb.
 """
@@ -30,13 +31,14 @@ from minillama.chat.dialog import DialogTokens, Message, check_format, encode_di
 from minillama.chat.jsonl import Faults
 from minillama.checkpoint import open_checkpoint
 from minillama.checkpoint.weights import Checkpoint, llama_from
-from minillama.config import RunConfig, TrainingConfig, known_name
+from minillama.config import LoRAConfig, RunConfig, TrainingConfig, known_name
 from minillama.data.dialogues import as_messages, corpus
 from minillama.data.mixture import Batches
 from minillama.data.packing import IGNORE, Batch
 from minillama.model import Llama
-from minillama.plan import LINEARS, TrainingPlan
+from minillama.plan import LINEARS
 from minillama.tokenizer import Tokenizer
+from minillama.training.lora_run import LoRARun, base_digest, check_base, lora_settings
 from minillama.training.run import PretrainingRun
 
 Dialogue: TypeAlias = Sequence[Message]
@@ -215,100 +217,8 @@ def batches(
 # --- A run ----------------------------------------------------------------------------------------
 
 
-class SftRun(PretrainingRun):
-    """Fine-tune the model in a checkpoint on examples, whole, in a run like those of pretraining.
-
-    It takes the same steps, leaves the same folder, saves the same states, and resumes as exactly;
-    the examples are packed into rows of `config.seq_len` tokens. `base` is what `open_checkpoint`
-    takes; it is read again to resume, and never written. Where the longest example has more tokens
-    than its context, the new model has a context of that many: RoPE has angles for every position,
-    and training gives them their sense (Llama 2's authors did so with LLaMA 1). Longer rows give it
-    none, as positions begin anew in each example.
-
-    With `epochs` the run has as many steps as it takes to learn every row so often, and
-    `config.steps` does not count. `across` lets the examples of a row see those before them.
-    `held_out` are examples to measure the loss on; validation is in nats per learned token, and in
-    bits per byte of what is learned. `trained` names the matrices of the blocks that change, such
-    as "wq", and all else stays as it is; where it is empty, every weight changes.
-
-    Raises ValueError or OSError; also for a base whose weights are in few bits.
-    Source: Touvron et al. 2023b, sec. 3.1. Shown in notebooks/10_sft.ipynb.
-    """
-
-    _TABLES: ClassVar[tuple[str, ...]] = ("model", "shares", "base", "packing")
-
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        examples: Sequence[DialogTokens],
-        held_out: Sequence[DialogTokens],
-        tokenizer: Tokenizer,
-        base: str | os.PathLike[str],
-        config: TrainingConfig,
-        epochs: float | None = None,
-        across: bool = False,
-        device: str | torch.device = "cpu",
-        saving: RunConfig | None = None,
-        origin: Mapping[str, Any] | None = None,
-        trained: Sequence[str] = (),
-    ) -> None:
-        path = Path(base).absolute() if Path(base).exists() else base  # or a name
-        checkpoint = _open_base(base)
-        longest = config.seq_len if across else max((len(each.ids) for each in examples), default=0)
-        rows = pack(examples, config.seq_len)
-        if epochs is not None:
-            config = replace(config, steps=_steps(epochs, len(rows), config))
-        settings = {
-            "model": _for_rows(checkpoint, config.seq_len).config.to_dict(),
-            "training": asdict(config),
-            "saving": asdict(saving or RunConfig()),
-            "shares": {"examples": 1.0},
-            "base": {
-                "path": str(path),
-                "trained": [known_name("matrix of the blocks", t, LINEARS) for t in trained],
-            },
-            "packing": {
-                "across": across,
-                "context": max(checkpoint.config.max_seq_len, longest),  # tokens, of the new model
-            },
-            "data": dict(origin or {}),
-        }
-        try:
-            held_out_rows = pack(held_out, config.seq_len)
-        except ValueError as error:
-            raise ValueError(f"The examples held out for validation: {error}") from None
-        self._start(Path(folder), {"examples": rows}, held_out_rows, tokenizer, settings, device)
-
-    def _plan(self, settings: Mapping[str, Any]) -> TrainingPlan:
-        if "packing" not in settings:
-            raise ValueError(
-                "This is no run of fine-tuning: `minillama pretrain`, or `lora`, resumes it."
-            )
-        return super()._plan(settings)
-
-    def _first_model(self, settings: Mapping[str, Any]) -> Llama:
-        checkpoint = _for_rows(_open_base(settings["base"]["path"]), self.config.seq_len)
-        if checkpoint.config.to_dict() != settings["model"]:
-            raise ValueError(
-                f"{checkpoint.path} holds another model than when this run was started. Restore "
-                f"it, or start a new run."
-            )
-        model = llama_from(checkpoint, dtype=torch.float32)
-        if trained := settings["base"]["trained"]:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name.split(".")[-2] in trained)
-        return model
-
-    @property
-    def context(self) -> int:
-        """The new model's context, in tokens."""
-        context: int = self._identity["packing"]["context"]
-        return context
-
-    def _finish(self, model: Llama) -> None:
-        model = copy.copy(model)  # in the same memory
-        model.config = replace(model.config, max_seq_len=self.context)
-        super()._finish(model)
+class _PackedRun(PretrainingRun):
+    """What runs on dialogues have in common: their sources are packed rows."""
 
     @staticmethod
     def _write(path: Path, rows: np.ndarray, tokenizer: Tokenizer, seq_len: int) -> dict[str, int]:
@@ -338,6 +248,151 @@ class SftRun(PretrainingRun):
         return as_batch(rows, self._identity["packing"]["across"])
 
 
+class SftRun(_PackedRun):
+    """Fine-tune the model in a checkpoint on examples, whole, in a run like those of pretraining.
+
+    It takes the same steps, leaves the same folder, saves the same states, and resumes as exactly;
+    the examples are packed into rows of `config.seq_len` tokens. `base` is what `open_checkpoint`
+    takes; it is read again to resume, and never written. Where the longest example has more tokens
+    than its context, the new model has a context of that many: RoPE has angles for every position,
+    and training gives them their sense (Llama 2's authors did so with LLaMA 1). Longer rows give it
+    none, as positions begin anew in each example. The checkpoint keeps the tokenizer's chat format.
+
+    With `epochs` the run has as many steps as it takes to learn every row so often, and
+    `config.steps` does not count. `across` lets the examples of a row see those before them.
+    `held_out` are examples to measure the loss on; validation is in nats per learned token, and in
+    bits per byte of what is learned. `trained` names the matrices of the blocks that change, such
+    as "wq", and all else stays as it is; where it is empty, every weight changes.
+
+    Raises ValueError or OSError; also for a base whose weights are in few bits.
+    Source: Touvron et al. 2023b, sec. 3.1. Shown in notebooks/10_sft.ipynb.
+    """
+
+    KIND: ClassVar[str] = "sft"
+    _TABLES: ClassVar[tuple[str, ...]] = ("model", "shares", "base", "packing")
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        examples: Sequence[DialogTokens],
+        held_out: Sequence[DialogTokens],
+        tokenizer: Tokenizer,
+        base: str | os.PathLike[str],
+        config: TrainingConfig,
+        epochs: float | None = None,
+        across: bool = False,
+        device: str | torch.device = "cpu",
+        saving: RunConfig | None = None,
+        origin: Mapping[str, Any] | None = None,
+        trained: Sequence[str] = (),
+    ) -> None:
+        path = Path(base).absolute() if Path(base).exists() else base  # or a name
+        checkpoint = _open_base(base)
+        longest = config.seq_len if across else max((len(each.ids) for each in examples), default=0)
+        rows, held_out_rows, config = _packed_all(examples, held_out, config, epochs)
+        settings = {
+            "model": _for_rows(checkpoint, config.seq_len).config.to_dict(),
+            "training": asdict(config),
+            "saving": asdict(saving or RunConfig()),
+            "shares": {"examples": 1.0},
+            "base": {
+                "path": str(path),
+                "trained": [known_name("matrix of the blocks", t, LINEARS) for t in trained],
+                "sha256": base_digest(checkpoint.path),
+            },
+            "packing": {
+                "across": across,
+                "epochs": epochs or 0.0,  # 0: so many steps
+                "context": max(checkpoint.config.max_seq_len, longest),  # tokens, of the new model
+                "chat_format": tokenizer.chat_format or "",
+            },
+            "data": dict(origin or {}),
+        }
+        self._start(Path(folder), {"examples": rows}, held_out_rows, tokenizer, settings, device)
+
+    def _first_model(self, settings: Mapping[str, Any]) -> Llama:
+        checkpoint = _for_rows(_open_base(settings["base"]["path"]), self.config.seq_len)
+        check_base(checkpoint, settings)
+        model = llama_from(checkpoint, dtype=torch.float32)
+        if trained := settings["base"]["trained"]:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.split(".")[-2] in trained)
+        return model
+
+    @property
+    def context(self) -> int:
+        """The new model's context, in tokens."""
+        context: int = self._identity["packing"]["context"]
+        return context
+
+    def _finish(self, model: Llama) -> None:
+        model = copy.copy(model)  # in the same memory
+        model.config = replace(model.config, max_seq_len=self.context)
+        self.tokenizer = self.tokenizer.for_chat(self._identity["packing"]["chat_format"] or None)
+        super()._finish(model)
+
+
+class GattRun(SftRun):
+    """An `SftRun` on examples of Ghost Attention (`minillama.chat.gatt`)."""
+
+    KIND: ClassVar[str] = "gatt"
+
+
+class LoRASftRun(_PackedRun, LoRARun):
+    """Train an adapter of the model in a checkpoint on examples: a `LoRARun` on packed rows.
+
+    The base is frozen, and may be in few bits (QLoRA); its context stays as it is, so
+    `config.seq_len` must not be more. `epochs`, `across` and `held_out` are as for `SftRun`. The
+    folder's adapter/ is spoken with in the chat format of the examples.
+
+    Raises ValueError or OSError, as both do. Source: Dettmers et al. 2023, sec. 4
+    (arXiv:2305.14314).
+    """
+
+    KIND: ClassVar[str] = "lora --data"
+    _TABLES: ClassVar[tuple[str, ...]] = (*LoRARun._TABLES, "packing")
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        examples: Sequence[DialogTokens],
+        held_out: Sequence[DialogTokens],
+        tokenizer: Tokenizer,
+        base: str | os.PathLike[str],
+        adapter: LoRAConfig,
+        config: TrainingConfig,
+        epochs: float | None = None,
+        across: bool = False,
+        device: str | torch.device = "cpu",
+        saving: RunConfig | None = None,
+        quantize: str | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        rows, held_out_rows, config = _packed_all(examples, held_out, config, epochs)
+        settings = lora_settings(base, adapter, config, saving, quantize, origin)
+        settings |= {
+            "shares": {"examples": 1.0},
+            "packing": {"across": across, "epochs": epochs or 0.0},
+        }
+        self._start(Path(folder), {"examples": rows}, held_out_rows, tokenizer, settings, device)
+
+
+def _packed_all(
+    examples: Sequence[DialogTokens],
+    held_out: Sequence[DialogTokens],
+    config: TrainingConfig,
+    epochs: float | None,
+) -> tuple[np.ndarray, np.ndarray, TrainingConfig]:
+    """The rows of both, and the config with the steps that so many epochs take."""
+    rows = pack(examples, config.seq_len)
+    if epochs is not None:
+        config = replace(config, steps=_steps(epochs, len(rows), config))
+    try:
+        return rows, pack(held_out, config.seq_len), config
+    except ValueError as error:
+        raise ValueError(f"The examples held out for validation: {error}") from None
+
+
 def _steps(epochs: float, n_rows: int, config: TrainingConfig) -> int:
     """How many steps see every row so often."""
     if not 0 < epochs < inf:
@@ -351,8 +406,8 @@ def _open_base(base: str | os.PathLike[str]) -> Checkpoint:
     if checkpoint.quantization:
         raise ValueError(
             f"{base} holds weights in {checkpoint.quantization['kind']}, and what has a few bits "
-            f"cannot move by a little. Take the model it was made of; or train an adapter: "
-            f"minillama lora."
+            f"cannot move by a little. Take the model it was made of; or train an adapter of it: "
+            f"minillama lora {base} --data FILE.jsonl"
         )
     return checkpoint
 

@@ -86,6 +86,7 @@ class PretrainingRun:
     """
 
     RESULT: ClassVar[str] = "checkpoint"  # what the folder holds at the end
+    KIND: ClassVar[str] = "pretrain"  # in config.toml: the command that resumes it
     # Of config.toml: what a run is, beside its training.
     _TABLES: ClassVar[tuple[str, ...]] = ("model", "shares")
 
@@ -133,7 +134,7 @@ class PretrainingRun:
         self._open(folder, settings, tokenizer)
         if is_main():
             new = folder / f".{CONFIG}.new"  # a run is there to resume once this has its name
-            new.write_text(tomli_w.dumps(settings))
+            new.write_text(tomli_w.dumps({"kind": self.KIND, **settings}))
             new.replace(folder / CONFIG)
 
     @classmethod
@@ -157,6 +158,7 @@ class PretrainingRun:
         """
         folder = Path(folder)
         settings = read_toml(folder / CONFIG)
+        cls._check_kind(folder, settings)
         if saving:
             settings["saving"] = asdict(saving)
         if tensor_parallel:
@@ -182,6 +184,22 @@ class PretrainingRun:
             run.step, run._log_size = progress["step"], progress["log_size"]
         return run
 
+    @classmethod
+    def _check_kind(cls, folder: Path, settings: Mapping[str, Any]) -> None:
+        kind = settings.get("kind", cls.KIND)
+        if kind != cls.KIND:
+            command = f"minillama {kind.split()[0]}"
+            raise ValueError(
+                f"{folder} holds a run of `minillama {kind}`, and is resumed by that command: "
+                f"{command} --resume --out {folder}"
+            )
+        for table in cls._TABLES:
+            if table not in settings:
+                raise ValueError(
+                    f"{folder / CONFIG} has no table [{table}]: this is no run of "
+                    f"`minillama {cls.KIND}`. Resume it with the command that started it."
+                )
+
     def _open(
         self,
         folder: Path,
@@ -192,7 +210,8 @@ class PretrainingRun:
         self.folder, self.tokenizer = folder, tokenizer
         where = f"{folder / CONFIG}"
         self.config = override(TrainingConfig(), settings["training"], f"{where} [training]")
-        self.saving = override(RunConfig(), settings["saving"], f"{where} [saving]")
+        saving = override(RunConfig(), settings["saving"], f"{where} [saving]")
+        self.saving = saving.of_steps(self.config.steps)
         self._identity = {
             **{name: settings[name] for name in self._TABLES},
             # The same steps are taken, however many processes take them.

@@ -619,7 +619,8 @@ def test_the_format_that_was_given_is_that_of_all_that_is_held(
     more = ["--out", str(tmp_path / "run"), *FLAGS, "--chat-format", "alpaca"]
     main(["gatt", str(base), *more])
     assert formats == ["alpaca"] * 3  # to learn from, before, and after
-    assert capsys.readouterr().out.endswith("/checkpoint --chat-format alpaca\n")
+    assert capsys.readouterr().out.endswith("/checkpoint\n")
+    assert load(tmp_path / "run" / "checkpoint")[1].chat_format == "alpaca"
 
 
 def test_bad_dialogues_are_named_before_any_is_held(tmp_path, base, files, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,13 +22,23 @@ from small import STORIES, small_config, small_llama, small_tokenizer
 from torch.testing import assert_close
 
 from minillama.chat.dialog import DialogTokens, Message
-from minillama.chat.sft import SftRun, as_batch, batches, pack, tokenise, toy_dialogues
+from minillama.chat.sft import (
+    GattRun,
+    LoRASftRun,
+    SftRun,
+    as_batch,
+    batches,
+    pack,
+    tokenise,
+    toy_dialogues,
+)
 from minillama.checkpoint import load, load_tokenizer, save
 from minillama.cli import main, sft_defaults
-from minillama.config import SFT_EPOCHS, SFT_PRESETS, RunConfig, TrainingConfig
+from minillama.config import SFT_EPOCHS, SFT_PRESETS, LoRAConfig, RunConfig, TrainingConfig
 from minillama.data.packing import IGNORE, Batch
 from minillama.model import Llama
 from minillama.training import make_optimizer, train, train_step
+from minillama.training.lora_run import LoRARun
 from minillama.training.loss import batch_loss
 from minillama.training.run import PretrainingRun
 
@@ -489,7 +500,12 @@ def test_attention_across_is_a_part_of_the_run(tmp_path, base):
     run = new_run(tmp_path / "run", base, across=True)
     assert next(run.batches).positions is None
     settings = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
-    assert settings["packing"] == {"across": True, "context": SEQ_LEN}
+    assert settings["packing"] == {
+        "across": True,
+        "epochs": 0.0,
+        "context": SEQ_LEN,
+        "chat_format": "",  # nobody said
+    }
     resumed = SftRun.resume(tmp_path / "run")
     assert next(resumed.batches).positions is None
 
@@ -524,16 +540,17 @@ def test_another_kind_of_run_is_not_resumed_as_fine_tuning(tmp_path, base):
         small_config(),
         replace(TRAINING, seq_len=16),
     )
-    with pytest.raises(ValueError, match="is no run of fine-tuning: `minillama pretrain`"):
+    with pytest.raises(ValueError, match=r"holds a run of `minillama pretrain`.*pretrain --resume"):
         SftRun.resume(tmp_path / "run")
 
 
 def test_another_model_in_the_place_of_the_base_is_noticed(tmp_path):
     save(tmp_path / "base", small_llama(), small_tokenizer())
     new_run(tmp_path / "run", tmp_path / "base")
-    save(tmp_path / "base", small_llama(n_layers=3), small_tokenizer())
-    with pytest.raises(ValueError, match="holds another model than when this run was started"):
-        SftRun.resume(tmp_path / "run")
+    for other in (small_llama(n_layers=3), small_llama(seed=1)):
+        save(tmp_path / "base", other, small_tokenizer())
+        with pytest.raises(ValueError, match="holds another model than when this run was started"):
+            SftRun.resume(tmp_path / "run")
 
 
 def test_weights_in_few_bits_are_not_fine_tuned(tmp_path, base):
@@ -572,7 +589,7 @@ def test_the_command_leaves_a_model_to_chat_with(tmp_path, base, chats, capsys, 
     assert f"{out} holds checkpoint/, loss.png" in shown
     assert shown.endswith(f"Try it: minillama chat {out / 'checkpoint'}\n")
     settings = tomllib.loads((out / "config.toml").read_text())
-    data = {"files": [str(chats)], "chat_format": "llama2", "neutralise": False}
+    data = {"files": [str(chats)], "chat_format": "llama2", "neutralise": False, "tokenizer": ""}
     assert settings["data"] == data
     assert settings["training"]["steps"] == 14  # 27 rows, 2 a step
 
@@ -617,7 +634,9 @@ def test_the_line_that_started_a_run_resumes_it(tmp_path, base, chats, length):
     ("flags", "message"),
     [
         (("--across",), "across was False when"),
-        (("--data", "other.jsonl"), "data was ["),
+        (("--data", "other.jsonl"), "files was ["),
+        (("--epochs", "20"), "epochs was 1.0 when"),
+        (("--tokenizer", "nowhere"), "tokenizer was '' when"),
         (("--chat-format", "alpaca"), "chat_format was 'llama2' when"),
         (("--neutralise",), "neutralise was False when"),
     ],
@@ -631,11 +650,58 @@ def test_a_resumed_run_keeps_what_it_was_started_with(
     assert message in capsys.readouterr().err
 
 
-def test_another_format_is_named_to_the_user_again(tmp_path, base, chats, capsys):
-    sft(base, chats, tmp_path / "run", "--chat-format", "alpaca", "--seq-len", "250")
+def test_a_run_made_in_python_is_resumed_too(tmp_path, base, capsys):
+    new_run(tmp_path / "run", base)
+    main(["sft", "--resume", "--out", str(tmp_path / "run"), "--device", "cpu"])
     shown = capsys.readouterr().out
-    assert "in the format alpaca" in shown
-    assert shown.endswith("/checkpoint --chat-format alpaca\n")
+    assert "No state was saved yet: the run starts at step 1." in shown
+    assert shown.endswith("/checkpoint\n")
+
+
+def test_a_run_is_resumed_by_the_command_that_started_it(tmp_path, base, capsys):
+    tok = small_tokenizer()
+    texts, rows = (STORIES[3:], STORIES[:3], tok), (tokenise(PAIRS, tok), tokenise(PAIRS, tok), tok)
+    short, adapter = replace(TRAINING, seq_len=16), LoRAConfig()
+    long = replace(TRAINING, seq_len=64)
+    few = tuple(tokenise([said("Who?", "Ada.")], tok) for _ in range(2))
+    PretrainingRun(tmp_path / "pretrain", *texts, small_config(), short)
+    LoRARun(tmp_path / "lora", *texts, base, adapter, short)
+    LoRASftRun(tmp_path / "chat-lora", *few, tok, base, adapter, long)
+    SftRun(tmp_path / "sft", *rows, base, TRAINING)
+    GattRun(tmp_path / "gatt", *rows, base, TRAINING)
+    for run in ("pretrain", "lora", "chat-lora", "sft", "gatt"):
+        right = run.removeprefix("chat-")
+        for command in {"pretrain", "lora", "sft", "gatt"} - {right}:
+            with pytest.raises(SystemExit) as end:
+                main([command, "--resume", "--out", str(tmp_path / run), "--device", "cpu"])
+            assert end.value.code == 2
+            error = capsys.readouterr().err
+            assert error.endswith(f": minillama {right} --resume --out {tmp_path / run}\n")
+    with pytest.raises(ValueError, match="holds a run of `minillama lora --data`"):
+        LoRARun.resume(tmp_path / "chat-lora")
+
+
+def test_an_earlier_config_that_names_no_kind_is_told_by_its_tables(tmp_path, base):
+    run = new_run(tmp_path / "run", base)
+    path = run.folder / "config.toml"
+    path.write_text(path.read_text().replace('kind = "sft"', ""))
+    assert SftRun.resume(run.folder).step == 0
+    with pytest.raises(
+        ValueError, match=r"has no table \[adapter\]: this is no run of `minillama l"
+    ):
+        LoRARun.resume(run.folder)
+
+
+def test_the_checkpoint_says_in_which_format_it_was_spoken_to(tmp_path, base, chats, capsys):
+    more = ("--chat-format", "alpaca", "--seq-len", "250")
+    sft(base, chats, tmp_path / "run", *more)
+    assert "in the format alpaca" in capsys.readouterr().out
+    checkpoint = tmp_path / "run" / "checkpoint"
+    assert load(checkpoint)[1].chat_format == "alpaca"
+    before = bytes_of(checkpoint)
+    shutil.rmtree(checkpoint)  # a resumed run knows it, too
+    sft(base, chats, tmp_path / "run", *more, "--resume")
+    assert bytes_of(checkpoint) == before
 
 
 def test_markers_in_dialogues_are_refused_or_spaced(tmp_path, base, chats, capsys):
@@ -677,9 +743,32 @@ def test_the_papers_settings_are_the_preset():
     paper = SFT_PRESETS["llama2"]
     assert (paper.learning_rate, paper.weight_decay, paper.seq_len) == (2e-5, 0.1, 4096)
     assert (paper.batch_size * paper.accumulation, paper.warmup_steps, SFT_EPOCHS) == (64, 0, 2)
-    assert sft_defaults(["base", "--data", "chat.jsonl"]).training == paper
-    assert sft_defaults(["base", "--data", "toy"]).training == SFT_PRESETS["toy"]
-    assert sft_defaults(["--data", "toy", "--preset", "llama2"]).training == paper
+    for flags, preset in (
+        (["base", "--data", "chat.jsonl"], paper),
+        (["base", "--data", "toy"], SFT_PRESETS["toy"]),
+        (["--data", "toy", "--preset", "llama2"], paper),
+    ):
+        assert asdict(sft_defaults(flags).training) == asdict(preset)
+
+
+def test_the_help_says_that_epochs_give_the_steps(capsys):
+    with pytest.raises(SystemExit):
+        main(["sft", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--steps INT" in text
+    assert "(default: as many as --epochs take)" in text
+    assert "2200" not in text
+
+
+def test_few_dialogues_are_told_flags_with_which_they_are_learned(tmp_path, base, chats, capsys):
+    flags = ["--batch-size", "1", "--accumulation", "64", "--seq-len", "128", "--device", "cpu"]
+    line = ["sft", str(base), "--data", str(chats)]
+    main([*line, "--out", str(tmp_path / "run"), *flags])
+    (told,) = re.findall(r"many small steps: (.*)\n", capsys.readouterr().out)
+    main([*line, "--out", str(tmp_path / "small"), *told.split(), "--epochs", "1"])
+    assert "many small steps" not in capsys.readouterr().out
+    training = tomllib.loads((tmp_path / "small" / "config.toml").read_text())["training"]
+    assert training["learning_rate"] == pytest.approx(2e-5 * (7e9 / 28_960) ** 0.5, rel=0.1)
 
 
 def test_the_toy_worlds_dialogues_fit_the_rows_of_the_toys_preset():

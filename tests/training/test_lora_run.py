@@ -18,7 +18,7 @@ from minillama.checkpoint.peft import load_adapter
 from minillama.cli import main
 from minillama.config import LoRAConfig, RunConfig, TrainingConfig
 from minillama.model import Llama
-from minillama.training.lora_run import LoRARun
+from minillama.training.lora_run import MIB, LoRARun, base_digest
 from minillama.training.run import PretrainingRun
 
 TRAINING = TrainingConfig(
@@ -154,6 +154,31 @@ def test_another_model_in_the_place_of_the_base_is_noticed(tmp_path):
         LoRARun.resume(tmp_path / "run")
 
 
+def test_other_weights_in_the_place_of_the_base_are_noticed(tmp_path):
+    save(tmp_path / "base", small_llama(), small_tokenizer())
+    next(iter(new_run(tmp_path / "run", tmp_path / "base")))
+    LoRARun.resume(tmp_path / "run")
+    save(tmp_path / "base", small_llama(seed=1), small_tokenizer())
+    with pytest.raises(
+        ValueError, match=r"when this run was started: its weights were changed\. R"
+    ):
+        LoRARun.resume(tmp_path / "run")
+
+
+def test_the_digest_of_a_base_sees_every_sixteenth_mebibyte_of_a_large_file(tmp_path):
+    """A sparse file of more than 1 GiB."""
+    path, digests = tmp_path / "model.gguf", []
+    for place in (None, 5, 64 * MIB + 9, 64 * MIB + MIB + 9):
+        with path.open("wb") as file:
+            file.truncate(1024 * MIB + 1)
+            if place is not None:
+                file.seek(place)
+                file.write(b"1")
+        digests.append(base_digest(path))
+    assert len({*digests}) == 3
+    assert digests[3] == digests[0]  # as the docstring says
+
+
 def test_one_process_trains_an_adapter():
     run = LoRARun.__new__(LoRARun)
     run._ranks = SimpleNamespace(mesh=SimpleNamespace(size=lambda: 4))
@@ -165,7 +190,7 @@ def test_a_pretraining_run_is_not_resumed_as_an_adapters(tmp_path):
     PretrainingRun(
         tmp_path / "run", STORIES[3:], STORIES[:3], small_tokenizer(), small_config(), TRAINING
     )
-    with pytest.raises(ValueError, match="is no run of an adapter"):
+    with pytest.raises(ValueError, match="holds a run of `minillama pretrain`"):
         LoRARun.resume(tmp_path / "run")
 
 
@@ -221,6 +246,7 @@ def test_the_command_resumes_with_or_without_the_same_flags(tmp_path, base, book
         (["--rank", "3"], "rank was 8 when the run in"),
         (["--quantize", "int8"], "quantize was '' when"),
         (["--text", "other.txt"], "text was ["),
+        (["--tokenizer", "nowhere"], "tokenizer was '' when"),
     ):
         with pytest.raises(SystemExit):
             main(["lora", "--resume", "--out", str(out), "--device", "cpu", *flags])
@@ -233,7 +259,7 @@ def test_the_command_resumes_with_or_without_the_same_flags(tmp_path, base, book
         ([], "Name the model, and what it is to learn from: minillama lora MODEL --text FILE"),
         (["BASE"], "Name the model, and what it is to learn from"),
         (["nowhere", "--text", "BOOK"], "There is no nowhere"),
-        (["BASE", "--text", "BOOK", "--targets", "wx"], "no linear layer 'wx'. Did you mean"),
+        (["BASE", "--text", "BOOK", "--targets", "wx"], "no linear layer 'wx'. Known are: wq"),
         (["BASE", "--text", "BOOK", "--seq-len", "65"], "longer than the model's context"),
         (
             ["BASE", "--text", "BOOK", "--quantize", "int9", *FLAGS],
@@ -272,6 +298,31 @@ def test_the_config_says_all_of_it(tmp_path, base):
     new_run(tmp_path / "run", base, origin={"text": ["a.txt"]})
     settings = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
     assert settings["adapter"]["targets"] == ["wq", "wv", "w2"]
-    assert settings["base"] == {"path": str(base), "quantize": ""}
+    assert (settings["base"]["path"], settings["base"]["quantize"]) == (str(base), "")
     assert settings["data"] == {"text": ["a.txt"]}
     assert settings["training"]["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("saving", "steps"),
+    [(None, [18, 20]), (RunConfig(save_every=15), [15, 20]), (RunConfig(save_every=0), [])],
+)
+def test_a_short_run_saves_every_tenth_of_its_steps_unless_told_otherwise(
+    tmp_path, base, saving, steps
+):
+    for _ in new_run(tmp_path / "run", base, replace(TRAINING, steps=20), saving=saving):
+        pass
+    states = tmp_path / "run" / "states"
+    assert sorted(int(state.name) for state in states.glob("*")) == steps
+
+
+def test_a_resume_without_a_state_says_so(tmp_path, base, book, capsys):
+    out = tmp_path / "run"
+    lora(base, book, out, "--save-every", "0")
+    whole = bytes_of(out / "adapter")
+    capsys.readouterr()
+    main(["lora", "--resume", "--out", str(out), "--device", "cpu"])
+    assert "No state was saved yet: the run starts at step 1." in capsys.readouterr().out
+    assert bytes_of(out / "adapter") == whole
+    main(["lora", "--resume", "--out", str(out), "--device", "cpu"])
+    assert "No state was saved yet" not in capsys.readouterr().out
