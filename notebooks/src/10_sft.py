@@ -424,10 +424,11 @@ print("300 right dialogues teach more than 1,500 in which half of the answers ar
 # ## A run, and a longer context
 #
 # Real fine-tuning takes hours, so it wants what pretraining has: a folder, a log, states to resume
-# from. `SftRun` is a pretraining run on packed rows. Its model may get a longer context than its
-# base: RoPE has angles for all positions, and training gives them their sense (if the dialogues are
-# that long, which these are not). Meta's authors first tried this with LLaMA 1, made for 2,048
-# tokens, and dialogues of 4,096.
+# from. `SftRun` is a pretraining run on packed rows. Where a dialogue is longer than its base's
+# context, the new model's context is as long as that dialogue: RoPE has angles for all positions,
+# and training gives them their sense. (It does so up to the longest dialogue; a longer *row* gives
+# no further ones any, since positions begin anew in each dialogue.) Meta's authors first tried this
+# with LLaMA 1, made for 2,048 tokens, and dialogues of 4,096.
 
 # %%
 from pathlib import Path
@@ -435,14 +436,17 @@ from tempfile import TemporaryDirectory
 
 from minillama.chat.sft import SftRun
 
+talks = [dialogue(Random(n), 9) for n in range(60)]
+long = tokenise([as_messages(each) for each in talks], tok, seq_len=512)
 few_steps = replace(recipe, steps=2, warmup_steps=0, batch_size=1, seq_len=512)
 with TemporaryDirectory() as folder:
     checkpoint = "../data/toy/checkpoint"
-    run = SftRun(folder, examples[:40], examples[40:60], tok, checkpoint, few_steps)
+    run = SftRun(folder, long[:40], long[40:], tok, checkpoint, few_steps)
     n_steps = sum(1 for _ in run)
     longer, _ = load(Path(folder) / "checkpoint")
     print(sorted(path.name for path in Path(folder).iterdir()))
 print(f"{n_steps} steps; context {base.config.max_seq_len} → {longer.config.max_seq_len} tokens")
+assert longer.config.max_seq_len == max(len(each.ids) for each in long[:40])
 
 # %% [markdown]
 # On the command line, with your own dialogues as JSON lines:
@@ -450,8 +454,12 @@ print(f"{n_steps} steps; context {base.config.max_seq_len} → {longer.config.ma
 # ```
 # minillama sft data/toy/checkpoint --data toy --out runs/toy-chat
 # minillama sft smollm2-135m-instruct --data chats.jsonl --seq-len 1024 --out runs/mine
+# minillama lora smollm2-135m-instruct --data chats.jsonl --quantize nf4 --out runs/small
 # minillama chat runs/mine/checkpoint
 # ```
+#
+# The third line trains an adapter on the same rows and the same targets, of a base in 4 bits
+# (notebook 18).
 #
 # ## Exercises
 #
