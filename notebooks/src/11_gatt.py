@@ -210,7 +210,10 @@ own = [[turn.answer for turn in each] for each in dialogues]
 held = hold(assistant, tok, asked, rules, own=own)
 good = [answer for talked in held for answer in talked.obeyed]
 print(f"{len(good):,} answers, of which {sum(good) / len(good):.0%} obey: the others are left out")
-recipe = TrainingConfig(steps=150, batch_size=1, seq_len=1024, learning_rate=2e-3, warmup_steps=10)
+context = assistant.config.max_seq_len  # tokens: no dialogue that it has held is longer
+recipe = TrainingConfig(
+    steps=150, batch_size=1, seq_len=context, learning_rate=2e-3, warmup_steps=10
+)
 
 
 def learn(data):
