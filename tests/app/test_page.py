@@ -296,8 +296,8 @@ class Page:
         return active.get_attribute("id") or active.tag_name
 
     def kept(self) -> dict[str, Any]:
-        """The conversation that is shown, as it was kept."""
-        number = self.driver.current_url.partition("#")[2]
+        """The conversation that is shown, as it was kept; its address comes once it is."""
+        number = self.until(lambda: self.driver.current_url.partition("#")[2], "an address")
         url = f"{self.url}/api/conversations/{number}"
         return httpx2.get(url).raise_for_status().json()
 
