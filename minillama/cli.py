@@ -1445,7 +1445,8 @@ def main(arguments: list[str] | None = None) -> None:
             )
         defaults = pretrain_defaults(arguments[1:]) if arguments[:1] == ["pretrain"] else Pretrain()
         tuning = sft_defaults(arguments[1:]) if arguments[:1] == ["sft"] else Sft()
-        adapting = LoRA(training=LORA_DIALOGUES if "--data" in arguments else LORA_TRAINING)
+        of_dialogues = any(each.partition("=")[0] == "--data" for each in arguments)
+        adapting = LoRA(training=LORA_DIALOGUES if of_dialogues else LORA_TRAINING)
         command = tyro.cli(
             Annotated[Demo, tyro.conf.subcommand("demo")]
             | Annotated[TrainTokenizer, tyro.conf.subcommand("tokenizer")]

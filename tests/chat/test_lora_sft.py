@@ -173,6 +173,16 @@ def test_the_command_leaves_an_adapter_to_chat_with(tmp_path, base, chats, capsy
     assert "a context of 256 tokens, chat format llama2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_dialogues_have_defaults_of_their_own(tmp_path, base, chats, joined):
+    out = tmp_path / "run"
+    data = [f"--data={chats}"] if joined else ["--data", str(chats)]
+    more = ["--out", str(out), "--steps", "1", "--warmup-steps", "0", "--device", "cpu"]
+    main(["lora", str(base), *data, *more])
+    training = tomllib.loads((out / "config.toml").read_text())["training"]
+    assert (training["batch_size"], training["seq_len"]) == (1, 256)
+
+
 def test_another_format_is_named_to_the_user_again(tmp_path, base, capsys, chats):
     lora(base, chats, tmp_path / "run", "--chat-format", "alpaca")
     assert capsys.readouterr().out.endswith("/adapter --chat-format alpaca\n")
