@@ -61,8 +61,8 @@ class Engine:
     With `keep`, the rows remember what they have read: a prompt that begins as one of them does is
     read from where they part (`Ticket.n_kept` tells). A dialogue repeats itself so, turn by turn,
     and many dialogues share a system message. What was computed token by token then stands where a
-    prompt is read at once, so an answer equals the one without `keep` but for rounding. Where
-    nobody's row is free for long, the text goes first that nobody has asked for the longest.
+    prompt is read at once, so an answer equals the one without `keep` but for rounding. Another
+    prompt takes the row whose text ended the longest ago.
 
     `max_len` limits prompt and answer together, in tokens; None is the model's context. The cache
     takes rows * max_len * config.cache_elements_per_token numbers, at once.
